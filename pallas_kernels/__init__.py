@@ -1,0 +1,12 @@
+"""Kernels for a compressed KV cache: array in, array out.
+
+Every operation has a reference in plain `jax.numpy` (implementation "xla"), which says what it means and runs
+anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the best one for the default device.
+"""
+
+from pallas_kernels import packing, split_k
+from pallas_kernels.hadamard import hadamard
+from pallas_kernels.vq_decode_attention import vq_decode_attention
+from pallas_kernels.vq_encode import vq_encode
+
+__all__ = ["hadamard", "packing", "split_k", "vq_decode_attention", "vq_encode"]

@@ -1,0 +1,239 @@
+"""Attention over coded keys and values as a Pallas kernel for NVIDIA GPUs (Triton lowering).
+
+Split-K flash decoding. A program serves one KV head of one batch row and a share of its tokens, a tile of T
+tokens at a time, for all query heads of the group (N = 8 or 16, the surplus masked):
+
+- load the tile's codes, as 32-bit words where codes are bytes;
+- look the centroids up, [T, M, d], straight from the codebook (it stays in L1), and view them as [T, D];
+- score: keys [T, D] @ q^T [D, N], so that tokens fill the tensor core's wide side and 8 columns do for the
+  heads;
+- accumulate: online softmax over the tokens, then values^T [D, T] @ weights [T, N];
+- store the normalised output and its log-sum-exp; `split_k.merge` joins the splits.
+
+The row's actual length is divided among the splits, so a long, mostly empty cache costs what its tokens cost,
+and a split without tokens does nothing. What binds is L1: Triton moves every looked-up tile through shared
+memory on its way to the tensor core. One warp a program, one buffering stage and no scratch shared between
+warps measured best: see benchmarks/kernels.py and benchmarks/results/ for the numbers.
+"""
+
+import dataclasses
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton as plt
+from jaxtyping import Array, Float, Int32, UInt8
+
+from pallas_kernels import split_k
+
+_HEAD_DIMS = (32, 64, 128, 256)
+_SUB_VECTORS = (2, 4, 8)
+_MOST_HEADS = 16
+# Multiprocessors of an H100; other devices of its class are close enough for a split count.
+_MULTIPROCESSORS = 132
+_LOG2_E = math.log2(math.e)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """How a launch is shaped."""
+
+    tokens: int  # tokens per tile
+    heads: int  # query heads per program, padded
+    splits: int  # programs that share a row
+    num_warps: int
+    num_stages: int
+
+
+def vq_decode_attention(
+    q: Float[Array, "B Hq D"],
+    key_codes: UInt8[Array, "B Hkv S kbytes"],
+    value_codes: UInt8[Array, "B Hkv S vbytes"],
+    key_codebook: Float[Array, "Hk Kk dk"],
+    value_codebook: Float[Array, "Hv Kv dv"],
+    lengths: Int32[Array, "B"],
+    *,
+    scale: float,
+    num_splits: int | None = None,
+    interpret: bool = False,
+) -> tuple[Array, Array]:
+    """`pallas_kernels.vq_decode_attention` for D from 32 to 256, sub-vectors of 2, 4 or 8, groups to 16."""
+    batch, query_heads, dim = q.shape
+    kv_heads, tokens = key_codes.shape[1:3]
+    rows, group = batch * kv_heads, query_heads // max(1, kv_heads)
+    _check_supported(dim, group, key_codes, key_codebook)
+    _check_supported(dim, group, value_codes, value_codebook)
+    if rows * group * tokens == 0:
+        return jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
+
+    config = choose_config(rows, tokens, dim, group, q.dtype, num_splits)
+    output, lse = pl.pallas_call(
+        functools.partial(_kernel, kv_heads=kv_heads, tokens=tokens, scale=scale, config=config),
+        grid=(rows, config.splits),
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, group, config.splits, dim), jnp.float32),
+            jax.ShapeDtypeStruct((rows, group, config.splits), jnp.float32),
+        ],
+        compiler_params=plt.CompilerParams(num_warps=config.num_warps, num_stages=config.num_stages),
+        interpret=interpret,
+        name="vq_decode_attention",
+    )(
+        q.reshape(rows, group, dim),
+        _words(key_codes.reshape(rows, tokens, -1), key_codebook),
+        _words(value_codes.reshape(rows, tokens, -1), value_codebook),
+        key_codebook.astype(q.dtype),
+        value_codebook.astype(q.dtype),
+        lengths,
+    )
+    output, lse = split_k.merge(output, lse)
+    return output.reshape(q.shape), lse.reshape(batch, query_heads)
+
+
+def choose_config(rows: int, tokens: int, dim: int, group: int, dtype, num_splits: int | None) -> Config:
+    """Tiles of 8,192 elements fill a warp's registers; float32 products, off the tensor cores, need more."""
+    half = jnp.dtype(dtype).itemsize == 2
+    tile = min(8192 // dim if half else 2048 // dim, max(16, pl.next_power_of_2(tokens)))
+    wanted = split_k.num_splits(rows=rows, tokens=tokens, tile=tile, programs=16 * _MULTIPROCESSORS)
+    heads, splits = 8 if group <= 8 else 16, num_splits or wanted
+    return Config(tokens=tile, heads=heads, splits=splits, num_warps=1 if half else 4, num_stages=1)
+
+
+def _check_supported(dim: int, group: int, codes: Array, codebook: Array) -> None:
+    _, entries, length = codebook.shape
+    if dim not in _HEAD_DIMS or length not in _SUB_VECTORS or group > _MOST_HEADS:
+        raise NotImplementedError(
+            f"vq_decode_attention: the triton kernel serves D in {_HEAD_DIMS}, d in {_SUB_VECTORS} and up to "
+            f"{_MOST_HEADS} query heads a KV head, not D={dim}, d={length}, {group} heads"
+        )
+    # Offsets inside a Triton kernel are int32 up to 2**32 bytes. Words never get there; packed bytes do.
+    if entries != 256 and 2**31 < codes.size <= 2**32:
+        raise NotImplementedError(f"vq_decode_attention: the triton kernel cannot address codes {codes.shape}")
+
+
+def _words(codes: UInt8[Array, "R S bytes"], codebook: Array) -> Array:
+    """8-bit codes viewed as int32 words, four to a word (no copy); other widths stay bytes."""
+    if codebook.shape[1] != 256:
+        return codes
+    return lax.bitcast_convert_type(codes.reshape(*codes.shape[:2], codes.shape[2] // 4, 4), jnp.int32)
+
+
+def _kernel(
+    q_ref,  # [R, G, D]
+    key_codes_ref,  # int32[R, S, M / 4] or uint8[R, S, bytes]
+    value_codes_ref,
+    key_codebook_ref,  # [Hk, Kk, dk], q's dtype
+    value_codebook_ref,
+    lengths_ref,  # int32[B]
+    output_ref,  # float32[R, G, P, D]
+    lse_ref,  # float32[R, G, P]
+    *,
+    kv_heads: int,
+    tokens: int,
+    scale: float,
+    config: Config,
+):
+    row, split = pl.program_id(0), pl.program_id(1)
+    head, (_, group, dim) = row % kv_heads, q_ref.shape
+    heads = jnp.arange(config.heads)
+    length = jnp.clip(plt.load(lengths_ref.at[row // kv_heads]), 0, tokens)
+    q = plt.load(q_ref.at[row, pl.ds(0, config.heads), :], mask=(heads < group)[:, None], other=0)
+    first, last = _share(length, split, config)
+
+    def visit(tile, carry):
+        at = row, tile * config.tokens, length
+        *softmax, output = carry
+        codes = _load_codes(key_codes_ref, key_codebook_ref, dim, *at, config)
+        scores = _score(_look_up(codes, key_codebook_ref, head), q, scale, *at[1:])
+        top, total, weights, shrink = _softmax(scores, *softmax)
+        codes = _load_codes(value_codes_ref, value_codebook_ref, dim, *at, config)
+        values = _look_up(codes, value_codebook_ref, head)
+        return top, total, output * shrink[None, :] + _dot(values.T, weights.astype(values.dtype))
+
+    start = (
+        jnp.full((config.heads,), split_k.EMPTY, jnp.float32),
+        jnp.zeros((config.heads,), jnp.float32),
+        jnp.zeros((dim, config.heads), jnp.float32),
+    )
+    top, total, output = lax.fori_loop(first, last, visit, start)
+    _store(output_ref, lse_ref, row, split, top, total, output)
+
+
+def _share(length, split, config: Config):
+    """The tiles that a split reads: an equal share of those that hold tokens."""
+    tiles = (length + config.tokens - 1) // config.tokens
+    each = (tiles + config.splits - 1) // config.splits
+    first = jnp.minimum(split * each, tiles)
+    return first, jnp.minimum(first + each, tiles)
+
+
+def _load_codes(codes_ref, codebook_ref, dim: int, row, start, length, config: Config) -> Array:
+    """The codes of T tokens from `start`: int32[T, M]; 0 past `length`, where nothing is read."""
+    _, entries, size = codebook_ref.shape
+    shape = config.tokens, dim // size
+    mask = (start + jnp.arange(config.tokens) < length)[:, None]
+    if entries != 256:
+        return _unpack(codes_ref, row, start, mask, shape, entries.bit_length() - 1)
+    words = plt.load(codes_ref.at[row, pl.ds(start, config.tokens), :], mask=mask, other=0)
+    wide = shape[0], shape[1] // 4, 4
+    shift = jnp.broadcast_to((8 * jnp.arange(4))[None, None, :], wide)
+    return (lax.shift_right_logical(jnp.broadcast_to(words[:, :, None], wide), shift) & 0xFF).reshape(shape)
+
+
+def _unpack(codes_ref, row, start, mask, shape: tuple[int, int], bits: int) -> Array:
+    """Codes of any width: each from the one to three bytes that it touches."""
+    bit = jnp.broadcast_to(jnp.arange(shape[1])[None, :] * bits, shape)
+    token = jnp.broadcast_to((start + jnp.arange(shape[0]))[:, None], shape)
+    code = jnp.zeros(shape, jnp.int32)
+    touched = max((j * bits % 8 + bits + 7) // 8 for j in range(8))
+    for i in range(touched):
+        byte = bit // 8 + i
+        # A code's last byte may lie past the token's bytes when the code does not reach into it.
+        exists = mask & (byte < codes_ref.shape[2])
+        part = plt.load(codes_ref.at[jnp.broadcast_to(row, shape), token, byte], mask=exists, other=0)
+        code |= part.astype(jnp.int32) << (8 * i)
+    return (code >> (bit % 8)) & (2**bits - 1)
+
+
+def _look_up(index: Array, codebook_ref, head) -> Array:
+    """The centroids of [T, M] codes, as [T, D]."""
+    shared, _, size = codebook_ref.shape
+    wide = (*index.shape, size)
+    element = jnp.broadcast_to(jnp.arange(size)[None, None, :], wide)
+    table = jnp.broadcast_to(head if shared > 1 else jnp.int32(0), wide)
+    vectors = plt.load(codebook_ref.at[table, jnp.broadcast_to(index[:, :, None], wide), element])
+    return vectors.reshape(index.shape[0], index.shape[1] * size)
+
+
+def _dot(a: Array, b: Array) -> Array:
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
+
+
+def _score(keys: Array, q: Array, scale: float, start, length) -> Float[Array, "T N"]:
+    """Scores in units of log 2, `EMPTY` for tokens that do not count."""
+    valid = start + jnp.arange(keys.shape[0]) < length
+    return jnp.where(valid[:, None], _dot(keys, q.T) * (scale * _LOG2_E), split_k.EMPTY)
+
+
+def _softmax(scores: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
+    """The online softmax: new maximum and sum, this tile's weights, and the factor on what was summed before.
+
+    Tiles are visited only up to the length, so each holds a token that counts and the new maximum is a real
+    score.
+    """
+    new = jnp.maximum(top, jnp.max(scores, axis=0))
+    weights, shrink = jnp.exp2(scores - new[None, :]), jnp.exp2(top - new)
+    return new, total * shrink + jnp.sum(weights, axis=0), weights, shrink
+
+
+def _store(output_ref, lse_ref, row, split, top, total, output):
+    heads = jnp.arange(top.shape[0])
+    exists, some = heads < output_ref.shape[1], total > 0
+    safe = jnp.where(some, total, 1.0)
+    at = row, pl.ds(0, top.shape[0]), split
+    plt.store(output_ref.at[(*at, slice(None))], (output / safe[None, :]).T, mask=exists[:, None])
+    lse = jnp.where(some, (top + jnp.log2(safe)) / _LOG2_E, split_k.EMPTY)
+    plt.store(lse_ref.at[at], lse, mask=exists)

@@ -1,0 +1,201 @@
+"""Calibration is deterministic, streams, and its artefacts are refused when anything is wrong with them."""
+
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tests import small
+
+from vecinfer_jax.caches import FullPrecision, VecInfer
+from vecinfer_jax.caches.vecinfer import smoothing_factors
+from vecinfer_jax.calibration.artefact import Calibration
+from vecinfer_jax.calibration.collect import calibrate, collect_statistics, passages_of
+from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
+from vecinfer_jax.errors import CalibrationError, InputError
+from vecinfer_jax.models.decoder import Decoder, layer_shape
+from vecinfer_jax.rope import apply_rope
+
+METHOD = VecInfer(bits=2)
+
+
+@pytest.fixture
+def saved(tmp_path):
+    return small.calibration_of(METHOD).save(tmp_path / "artefact")
+
+
+def test_statistics_are_those_of_the_models_keys():
+    lm = small.model()
+    passages = list(passages_of(lm, small.texts(), 64))
+    count, statistics = collect_statistics(lm, passages, passages=4, batch=2, seed=0, progress=False)
+    assert count == 4
+    peak = np.zeros((lm.config.num_layers, 2, 16))
+    for row in passages[:4]:
+        tokens = jnp.asarray(row)[None]
+        positions = jnp.arange(len(row))[None]
+        caches = tuple(FullPrecision().init(layer_shape(lm.config, i, lm.dtype), 1, 64) for i in range(3))
+        _, caches = Decoder(lm.config, FullPrecision()).apply({"params": lm.params}, tokens, positions, caches)
+        peak = np.maximum(peak, [np.abs(np.asarray(c.keys)[0, :, : len(row)]).max(1) for c in caches])
+    for layer in range(3):
+        np.testing.assert_allclose(statistics[layer].key_abs_max, peak[layer], rtol=1e-5)
+        assert int(statistics[layer].count) == 4 * 64
+        assert statistics[layer].keys.shape == (256, 2, 16)  # all fit the sample
+
+
+def test_a_sample_is_uniform_bounded_and_the_same_tokens_in_every_layer():
+    from vecinfer_jax.calibration.statistics import Statistics
+
+    lm = small.model()
+    method = Statistics(samples=100, seed=1)
+    layer = layer_shape(lm.config, 0, lm.dtype)
+    cache = method.init(layer, 2, 0)
+    rng = np.random.default_rng(0)
+    seen = []
+    from vecinfer_jax.caches.base import Chunk
+
+    for step in range(20):
+        k = jnp.asarray(rng.normal(size=(2, 32, 2, 16)), jnp.float32).at[..., 0].set(step)
+        q = jnp.asarray(rng.normal(size=(2, 32, 6, 16)), jnp.float32)
+        positions = jnp.broadcast_to(jnp.arange(32), (2, 32))
+        cos, sin = jnp.ones((2, 32, 8)), jnp.zeros((2, 32, 8))
+        _, cache = method.prefill(q, k, k, Chunk(positions, jnp.array([32, 20]), cos, sin, layer=layer), cache)
+        seen.append(52)
+    assert int(cache.count) == sum(seen)
+    assert cache.keys.shape[0] == 100
+    steps = np.asarray(cache.keys)[:, 0, 0]
+    assert len(set(steps.tolist())) >= 15  # early and late chunks are both in it
+    assert np.all(np.asarray(cache.positions) < 32)
+
+
+def test_smoothing_factors_are_the_papers():
+    peak = np.array([[4.0, 9.0, 0.0]])
+    factors = smoothing_factors(peak)
+    np.testing.assert_allclose(factors[0, :2], [2.0, 3.0])
+    assert 0 < factors[0, 2] <= 0.01
+
+
+def test_the_same_seed_gives_the_same_calibration():
+    again = calibrate(small.model(), METHOD, small.texts(), passages=6, passage_length=64, batch=2, progress=False)
+    first = small.calibration_of(METHOD)
+    for a, b in zip(first.layers, again.layers, strict=True):
+        for field in a:
+            np.testing.assert_array_equal(a[field], b[field])
+
+
+def test_an_artefact_reads_back_as_it_was(saved):
+    read = load_calibration(saved, small.model(), METHOD)
+    for a, b in zip(small.calibration_of(METHOD).layers, read.layers, strict=True):
+        assert set(a) == set(b) == {"smooth", "key_codebook", "value_codebook"}
+        for field in a:
+            np.testing.assert_array_equal(a[field], b[field])
+    assert read.metadata["text"]["name"] == "given"
+
+
+def test_saving_again_replaces_the_whole_artefact_and_leaves_nothing_else(saved):
+    small.calibration_of(METHOD).save(saved)
+    assert [p.name for p in saved.parent.iterdir()] == ["artefact"]
+    load_calibration(saved, small.model(), METHOD)
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_another_models_artefact_is_refused(saved):
+    metadata = json.loads((saved / "metadata.json").read_text())
+    metadata["model"] |= {"fingerprint": "0123456789abcdef", "name": "other"}
+    (saved / "metadata.json").write_text(json.dumps(metadata))
+    with pytest.raises(CalibrationError, match="'other'") as error:
+        load_calibration(saved, small.model())
+    one_line(error)
+
+
+def test_another_methods_artefact_is_refused(saved):
+    with pytest.raises(CalibrationError, match="d8b8") as error:
+        load_calibration(saved, small.model(), VecInfer(bits=1))
+    one_line(error)
+
+
+def test_a_truncated_artefact_is_refused(saved):
+    for path in [p for p in (saved / "arrays").rglob("*") if p.is_file() and p.parent.name == "d"]:
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(CalibrationError) as error:
+        load_calibration(saved, small.model(), METHOD)
+    assert str(saved) in one_line(error)
+
+
+def test_an_artefact_without_arrays_is_refused(saved):
+    shutil.rmtree(saved / "arrays")
+    with pytest.raises(CalibrationError) as error:
+        load_calibration(saved, small.model(), METHOD)
+    one_line(error)
+
+
+def test_an_altered_artefact_is_refused(tmp_path, saved):
+    calibration = small.calibration_of(METHOD)
+    layers = [dict(layer) for layer in calibration.layers]
+    layers[1]["smooth"] = layers[1]["smooth"] * 2
+    other = Calibration(tuple(layers), calibration.metadata).save(tmp_path / "other")
+    shutil.rmtree(saved / "arrays")
+    shutil.copytree(other / "arrays", saved / "arrays")
+    with pytest.raises(CalibrationError, match="layer_001/smooth") as error:
+        load_calibration(saved, small.model(), METHOD)
+    one_line(error)
+
+
+def test_an_artefact_with_nan_is_refused(tmp_path):
+    calibration = small.calibration_of(METHOD)
+    layers = [dict(layer) for layer in calibration.layers]
+    layers[2]["key_codebook"] = np.where(layers[2]["key_codebook"] > 0.1, np.nan, layers[2]["key_codebook"])
+    path = Calibration(tuple(layers), calibration.metadata).save(tmp_path / "nan")
+    with pytest.raises(CalibrationError, match="key_codebook") as error:
+        load_calibration(path, small.model(), METHOD)
+    one_line(error)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[1]", '{"format": 99}', "not json"])
+def test_damaged_metadata_is_refused(saved, content):
+    (saved / "metadata.json").write_text(content)
+    with pytest.raises(CalibrationError) as error:
+        load_calibration(saved, small.model(), METHOD)
+    one_line(error)
+
+
+def test_a_directory_that_is_no_artefact_is_refused(tmp_path):
+    with pytest.raises(CalibrationError, match="holds no calibration"):
+        load_calibration(tmp_path, small.model())
+
+
+def test_a_given_calibration_is_checked_before_use():
+    with pytest.raises(CalibrationError):
+        resolve_calibration(small.model(), VecInfer(bits=1), small.calibration_of(METHOD))
+
+
+def test_the_first_use_calibrates_says_so_and_keeps_it(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
+    method = VecInfer(bits=4)
+    made = resolve_calibration(small.model(), method, None)
+    assert "calibrating once" in capsys.readouterr().err
+    again = resolve_calibration(small.model(), method, None)
+    assert capsys.readouterr().err == ""
+    np.testing.assert_array_equal(made.layers[0]["key_codebook"], again.layers[0]["key_codebook"])
+
+
+def test_empty_text_is_refused():
+    with pytest.raises(CalibrationError, match="empty"):
+        calibrate(small.model(), METHOD, ["", "  \n"], progress=False)
+
+
+def test_one_string_is_not_taken_for_many_documents():
+    with pytest.raises(InputError, match="iterable"):
+        calibrate(small.model(), METHOD, "a text", progress=False)
+
+
+def test_passages_join_documents_and_keep_the_rest():
+    passages = list(passages_of(small.model(), ["abc", "", "de"], 4))
+    text = "".join(chr(i) for row in passages for i in row)
+    assert text == "abc\n\nde"
+    assert [len(row) for row in passages] == [4, 3]

@@ -1,0 +1,151 @@
+"""The cases that every implementation runs, and how their data is made."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from tests.kernels import oracle
+
+# What runs on this machine: plain JAX, and the Triton kernels in interpret mode.
+EVERYWHERE = [
+    {"implementation": "xla"},
+    {"implementation": "triton", "interpret": True},
+]
+NAMES = ["xla", "triton-interpret"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Decode:
+    """A decoding step. `tile` tokens is what the Triton kernel reads at once for these shapes."""
+
+    dim: int = 64
+    group: int = 4
+    key: tuple[int, int] = (4, 8)  # sub-vector length, bits
+    value: tuple[int, int] = (4, 8)
+    dtype: str = "bfloat16"
+    lengths: tuple[int, ...] = (0, 1, 100, 131)
+    tokens: int = 131
+    kv_heads: int = 2
+    shared: bool = False  # one codebook for all heads
+    num_splits: int | None = None
+
+    def __str__(self) -> str:
+        key, value = ("d{}b{}".format(*pair) for pair in (self.key, self.value))
+        formats = key if key == value else f"{key}-{value}"
+        ends = ".".join(map(str, self.lengths))
+        return f"D{self.dim}-G{self.group}-{formats}-{self.dtype}-{ends}of{self.tokens}"
+
+    def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
+        rng = np.random.default_rng(seed)
+        batch = len(self.lengths)
+        q = rng.normal(size=(batch, self.kv_heads * self.group, self.dim))
+        codes, books = [], []
+        for length, bits in (self.key, self.value):
+            shape = (batch, self.kv_heads, self.tokens, self.dim // length)
+            codes.append(jnp.asarray(oracle.pack(rng.integers(0, 2**bits, shape), bits)))
+            book = rng.normal(size=(1 if self.shared else self.kv_heads, 2**bits, length))
+            books.append(jnp.asarray(book, jnp.float32))
+        arrays = (jnp.asarray(q, self.dtype), *codes, *books, jnp.array(self.lengths, jnp.int32))
+        return arrays, {"scale": self.dim**-0.5, "num_splits": self.num_splits}
+
+
+# Tiles of the Triton kernel: 8192 / D tokens for 16-bit inputs, 2048 / D for float32.
+DECODE = [
+    Decode(dim=128, group=4, lengths=(0, 63, 64, 65), tokens=100),
+    Decode(dim=64, group=3, lengths=(127, 128, 129, 1), tokens=129, num_splits=2),
+    Decode(dim=64, group=1, lengths=(1, 40, 77), tokens=77, shared=True),
+    Decode(dim=64, group=5, dtype="float32", lengths=(0, 31, 32, 33), tokens=40),
+    Decode(dim=128, group=8, dtype="float32", lengths=(15, 16, 17), tokens=50, num_splits=3),
+    Decode(dim=64, group=16, key=(2, 8), value=(8, 8), lengths=(0, 200), tokens=200, num_splits=4),
+    Decode(dim=128, group=7, key=(8, 8), value=(2, 8), lengths=(3, 70), tokens=90),
+    Decode(dim=64, group=4, key=(4, 10), value=(8, 12), lengths=(0, 9, 130), tokens=130),
+    Decode(dim=64, group=4, key=(8, 12), value=(4, 10), dtype="float32", lengths=(33, 50), tokens=50, shared=True),
+    Decode(dim=64, group=2, key=(2, 4), value=(8, 9), dtype="float32", lengths=(20,), tokens=20),
+    Decode(dim=64, group=2, dtype="float16", lengths=(0, 20), tokens=20, shared=True),
+]
+
+# On a device: the tiles' edges again, compiled, and long rows.
+DECODE_ON_DEVICE = [
+    *DECODE,
+    *(
+        Decode(dim=dim, group=group, key=key, value=value, dtype=dtype, lengths=(0, 1, 1000, 2048), tokens=2048)
+        for dim in (64, 128)
+        for group, dtype in ((1, "bfloat16"), (4, "bfloat16"), (16, "bfloat16"), (5, "float32"))
+        for key, value in (((2, 8), (2, 8)), ((4, 8), (8, 8)), ((4, 10), (8, 12)))
+    ),
+    Decode(dim=128, lengths=(131072, 100001), tokens=131072, kv_heads=1),
+    Decode(dim=64, group=3, lengths=(131071, 5), tokens=131072, kv_heads=1),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class Encode:
+    """Keys or values to encode; `transform` is "", "affine", "hadamard", "matrix"; affine comes with the
+    maps."""
+
+    dim: int = 64
+    format: tuple[int, int] = (4, 8)
+    dtype: str = "bfloat16"
+    rope: bool = False
+    transform: str = ""
+    batch: int = 2
+    tokens: int = 9
+    heads: int = 2
+    shared: bool = False
+
+    def __str__(self) -> str:
+        steps = "-".join(step for step in ("rope" if self.rope else "", self.transform) if step) or "plain"
+        return f"D{self.dim}-d{self.format[0]}b{self.format[1]}-{self.dtype}-{steps}"
+
+    def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
+        rng = np.random.default_rng(seed)
+        length, bits = self.format
+        heads, dim = self.heads, self.dim
+        x = jnp.asarray(rng.normal(size=(self.batch, self.tokens, heads, dim)) + 1.0, self.dtype)
+        codebook = rng.normal(size=(1 if self.shared else heads, 2**bits, length))
+        options: dict = {}
+        if self.rope:
+            angle = rng.normal(size=(self.batch, self.tokens, dim // 2)) * 10
+            options["rope"] = tuple(jnp.asarray(f(angle), jnp.float32) for f in (np.cos, np.sin))
+        if self.transform:
+            options["mean"] = jnp.asarray(rng.normal(size=(heads, dim)), jnp.float32)
+            options["scale"] = jnp.asarray(rng.uniform(0.3, 2.0, size=(heads, dim)), jnp.float32)
+        if self.transform == "matrix":
+            options["matrix"] = jnp.asarray(rng.normal(size=(heads, dim, dim)) / dim**0.5, jnp.float32)
+        if self.transform == "hadamard":
+            options["hadamard"] = True
+        return (x, jnp.asarray(codebook, jnp.float32)), options
+
+
+ENCODE = [
+    Encode(dim=64, format=(2, 8)),
+    Encode(dim=128, format=(4, 8), dtype="float32"),
+    Encode(dim=64, format=(8, 8), shared=True),
+    Encode(dim=64, format=(4, 8), transform="affine", dtype="float32"),
+    Encode(dim=128, format=(4, 8), rope=True),
+    Encode(dim=64, format=(4, 8), rope=True, transform="affine"),
+    Encode(dim=64, format=(2, 8), transform="hadamard"),
+    Encode(dim=128, format=(4, 8), rope=True, transform="hadamard"),
+    Encode(dim=64, format=(8, 8), rope=True, transform="hadamard", dtype="float32", shared=True),
+    Encode(dim=64, format=(4, 8), transform="matrix", dtype="float32"),
+    Encode(dim=128, format=(8, 8), rope=True, transform="matrix"),
+    Encode(dim=64, format=(4, 10), rope=True, transform="matrix", tokens=5),
+    Encode(dim=64, format=(8, 12), batch=1, tokens=5),
+    Encode(dim=64, format=(2, 4), dtype="float16", tokens=1),
+]
+
+ENCODE_ON_DEVICE = [
+    *ENCODE,
+    *(
+        Encode(dim=dim, format=form, dtype=dtype, rope=rope, transform=transform, batch=1, tokens=tokens)
+        for dim, form, dtype, tokens in (
+            (128, (4, 8), "bfloat16", 300),
+            (64, (4, 8), "float32", 129),
+            (128, (2, 8), "bfloat16", 65),
+            (64, (8, 8), "bfloat16", 1),
+        )
+        for rope in (False, True)
+        for transform in ("", "affine", "hadamard", "matrix")
+    ),
+]

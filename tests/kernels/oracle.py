@@ -1,0 +1,90 @@
+"""What the kernels compute, in float64 numpy, written from the definitions and not from the reference."""
+
+import math
+
+import numpy as np
+
+EMPTY = -1e30
+
+
+def float64(x) -> np.ndarray:
+    return np.asarray(x).astype(np.float64)
+
+
+def hadamard_matrix(size: int) -> np.ndarray:
+    """Sylvester's doubling, normalised."""
+    matrix = np.ones((1, 1))
+    while matrix.shape[0] < size:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]])
+    return matrix / math.sqrt(size)
+
+
+def pack(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Each token's codes as a string of bits, lowest first, filled up to whole bytes."""
+    string = (codes[..., None] >> np.arange(bits)) & 1
+    string = string.reshape(*codes.shape[:-1], codes.shape[-1] * bits)
+    return np.packbits(string.astype(np.uint8), axis=-1, bitorder="little")
+
+
+def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
+    string = np.unpackbits(packed, axis=-1, count=count * bits, bitorder="little").astype(np.int64)
+    return (string.reshape(*packed.shape[:-1], count, bits) << np.arange(bits)).sum(-1)
+
+
+def rotate(x, cos, sin) -> np.ndarray:
+    """Rotary embedding, a head's first half against its second, in float32, rounded to x's dtype."""
+    x = np.asarray(x)
+    wide = x.astype(np.float32)
+    half = x.shape[-1] // 2
+    turned = np.concatenate([-wide[..., half:], wide[..., :half]], axis=-1)
+    both = lambda angles: np.concatenate([np.asarray(angles, np.float32)] * 2, axis=-1)[:, :, None]  # noqa: E731
+    return (wide * both(cos) + turned * both(sin)).astype(x.dtype)
+
+
+def transform(x, mean=None, scale=None, matrix=None, hadamard=False) -> np.ndarray:
+    y = float64(x)
+    if mean is not None:
+        y = y - float64(mean)
+    if scale is not None:
+        y = y * float64(scale)
+    if matrix is not None:
+        y = np.einsum("bshi,hij->bshj", y, float64(matrix))
+    return y @ hadamard_matrix(y.shape[-1]) if hadamard else y
+
+
+def distances(y: np.ndarray, codebook) -> np.ndarray:
+    """Squared distance of every sub-vector to every centroid: [B, H, S, M, K]."""
+    codebook = float64(codebook)
+    batch, tokens, heads, dim = y.shape
+    length = codebook.shape[-1]
+    parts = y.reshape(batch, tokens, heads, dim // length, length).transpose(0, 2, 1, 3, 4)
+    codebook = np.broadcast_to(codebook, (heads, *codebook.shape[1:]))
+    return ((parts[..., None, :] - codebook[None, :, None, None]) ** 2).sum(-1)
+
+
+def decode_attention(q, key_codes, value_codes, key_codebook, value_codebook, lengths, scale):
+    """Softmax over each row's own tokens; output and log-sum-exp. Codebooks count as rounded to q's dtype."""
+    dtype = np.asarray(q).dtype
+    batch, query_heads, dim = q.shape
+    kv_heads = key_codes.shape[1]
+    group = query_heads // kv_heads
+    output, lse = np.zeros(q.shape), np.full((batch, query_heads), EMPTY)
+    tables = [float64(np.asarray(book).astype(dtype)) for book in (key_codebook, value_codebook)]
+    bits = [int(math.log2(table.shape[1])) for table in tables]
+    for b in range(batch):
+        length = int(lengths[b])
+        for h in range(kv_heads if length else 0):
+            keys, values = (
+                table[h % table.shape[0]][
+                    unpack(np.asarray(codes)[b, h, :length], width, dim // table.shape[2])
+                ].reshape(length, dim)
+                for table, codes, width in zip(tables, (key_codes, value_codes), bits, strict=True)
+            )
+            heads = slice(h * group, (h + 1) * group)
+            scores = scale * float64(q)[b, heads] @ keys.T
+            top = scores.max(-1, keepdims=True)
+            weights = np.exp(scores - top)
+            total = weights.sum(-1, keepdims=True)
+            output[b, heads] = weights / total @ values
+            lse[b, heads] = (top + np.log(total))[:, 0]
+    return output, lse

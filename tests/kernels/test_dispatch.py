@@ -1,0 +1,95 @@
+"""Dispatch picks an implementation, and every kernel lowers for the devices that it is dispatched to."""
+
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+
+from pallas_kernels import dispatch, hadamard, vq_decode_attention, vq_encode
+from tests.kernels import cases
+
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def lower_for_cuda(function, *arguments):
+    """Lower as on a GPU machine; interpret mode accepts what this refuses."""
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert "xla.gpu.triton" in text
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("shape", [(3, 16), (64, 64), (1000, 128), (70, 256), (9, 512), (100, 1024)])
+def test_hadamard_lowers_for_cuda(shape, dtype):
+    lower_for_cuda(lambda x: hadamard(x, implementation="triton"), jax.ShapeDtypeStruct(shape, dtype))
+
+
+@pytest.mark.parametrize("case", cases.ENCODE_ON_DEVICE, ids=str)
+def test_vq_encode_lowers_for_cuda(case):
+    arrays, options = case.arguments()
+    dense = options.pop("hadamard", False)
+    encode = lambda arrays, options: vq_encode(*arrays, **options, hadamard=dense, implementation="triton")  # noqa: E731
+    lower_for_cuda(encode, arrays, options)
+
+
+@pytest.mark.parametrize("case", cases.DECODE_ON_DEVICE, ids=str)
+def test_vq_decode_attention_lowers_for_cuda(case):
+    arrays, options = case.arguments()
+    lower_for_cuda(lambda *a: vq_decode_attention(*a, **options, implementation="triton"), *arrays)
+
+
+def test_kernels_lower_for_cuda_under_vmap():
+    (q, keys, values, *rest), options = cases.Decode(lengths=(3, 20), tokens=20).arguments()
+    step = lambda *a: vq_decode_attention(*a, *rest, **options, implementation="triton")  # noqa: E731
+    lower_for_cuda(jax.vmap(step), *(jnp.stack([a, a]) for a in (q, keys, values)))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
+def test_references_lower_for_every_platform(platform):
+    lower = lambda f, *a: jax.jit(f).trace(*a).lower(lowering_platforms=(platform,))  # noqa: E731
+    lower(lambda x: hadamard(x, implementation="xla"), jnp.zeros((3, 512)))
+    for case in cases.ENCODE:
+        arrays, options = case.arguments()
+        lower(lambda x, b, o=options: vq_encode(x, b, **o, implementation="xla"), *arrays)
+    for case in cases.DECODE:
+        arrays, options = case.arguments()
+        lower(lambda *a, o=options: vq_decode_attention(*a, **o, implementation="xla"), *arrays)
+
+
+def test_unknown_implementations_are_refused_by_name():
+    with pytest.raises(ValueError, match=r"'cuda'.*triton"):
+        hadamard(jnp.zeros((2, 64)), implementation="cuda")
+
+
+def test_a_named_implementation_says_what_it_does_not_support():
+    x = jnp.zeros((1, 4, 2, 96))
+    with pytest.raises(NotImplementedError, match="D=96") as error:
+        vq_encode(x, jnp.zeros((1, 256, 4)), implementation="triton", interpret=True)
+    assert "\n" not in str(error.value)
+    case = cases.Decode(group=17, lengths=(3,), tokens=4)
+    arrays, options = case.arguments()
+    with pytest.raises(NotImplementedError, match="17 heads"):
+        vq_decode_attention(*arrays, **options, implementation="triton", interpret=True)
+
+
+def test_none_falls_back_where_a_kernel_does_not_serve_the_format():
+    arrays, options = cases.Decode(group=17, lengths=(3,), tokens=4).arguments()
+    output, _ = vq_decode_attention(*arrays, **options, interpret=True)
+    assert (output == vq_decode_attention(*arrays, **options, implementation="xla")[0]).all()
+
+
+def test_gpus_try_the_kernels_first_and_other_devices_only_the_reference(monkeypatch):
+    for backend, expected in (("gpu", ("triton", "xla")), ("cpu", ("xla",)), ("tpu", ("xla",))):
+        monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
+        assert dispatch.candidates("hadamard", None, interpret=False) == expected
+
+
+def test_a_machine_without_a_gpu_never_imports_the_triton_lowering():
+    program = (
+        "import sys, jax.numpy as jnp, pallas_kernels as pk; pk.hadamard(jnp.ones((2, 64)),
+        implementation='xla');" "sys.exit('jax.experimental.pallas.triton' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-W", "error", "-c", program]).returncode == 0

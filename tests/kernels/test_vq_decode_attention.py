@@ -1,0 +1,159 @@
+"""Attention over coded keys and values equals the float64 softmax over the decoded vectors.
+
+Bounds, with V the largest element of the value codebook: 2^-8 V on the output for 16-bit queries (each weight
+is rounded once), 2e-5 V for float32; 2e-5 (1 + |lse|) on the log-sum-exp. Codebooks count as rounded to q's
+dtype.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import split_k, vq_decode_attention
+from tests.kernels import cases, oracle
+
+both = pytest.mark.parametrize("how", cases.EVERYWHERE, ids=cases.NAMES)
+
+
+def check(case: cases.Decode, **how):
+    arrays, options = case.arguments()
+    output, lse = vq_decode_attention(*arrays, **options, **how)
+    assert output.dtype == lse.dtype == jnp.float32
+    expected, expected_lse = oracle.decode_attention(*arrays, options["scale"])
+    largest = abs(oracle.float64(arrays[4])).max()
+    bound = 2e-5 if case.dtype == "float32" else 2.0**-8
+    assert abs(oracle.float64(output) - expected).max() <= bound * largest
+    full = np.asarray(case.lengths) > 0
+    error = abs(oracle.float64(lse) - expected_lse)[full]
+    assert (error <= 2e-5 * (1 + abs(expected_lse[full]))).all()
+    assert not output[~full].any() and (lse[~full] == jnp.float32(split_k.EMPTY)).all()
+
+
+@both
+@pytest.mark.parametrize("case", cases.DECODE, ids=str)
+def test_the_output_is_the_softmax_over_the_tokens_that_count(case, how):
+    check(case, **how)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cases.DECODE_ON_DEVICE, ids=str)
+def test_the_output_is_the_softmax_over_the_tokens_that_count_on_a_device(case):
+    check(case, implementation="triton")
+
+
+@both
+def test_what_lies_past_the_length_is_never_seen(how):
+    case = cases.Decode(lengths=(5, 17, 40), tokens=40)
+    (q, keys, values, *rest), options = case.arguments()
+    past = jnp.arange(40)[None, None, :, None] >= jnp.array(case.lengths)[:, None, None, None]
+    noise = jax.random.bits(jax.random.key(1), keys.shape, jnp.uint8)
+    before = vq_decode_attention(q, keys, values, *rest, **options, **how)
+    after = vq_decode_attention(
+        q, jnp.where(past, noise, keys), jnp.where(past, noise, values), *rest, **options, **how
+    )
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@both
+def test_lengths_beyond_the_cache_count_as_its_size(how):
+    (*arrays, _), options = cases.Decode(lengths=(30, 30), tokens=30).arguments()
+    beyond = vq_decode_attention(*arrays, jnp.array([31, 2**30], jnp.int32), **options, **how)
+    exact = vq_decode_attention(*arrays, jnp.array([30, 30], jnp.int32), **options, **how)
+    for a, b in zip(beyond, exact, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("num_splits", [1, 2, 3, 7, 40])
+def test_the_number_of_splits_changes_nothing_but_rounding(num_splits):
+    case = cases.Decode(dim=64, dtype="float32", lengths=(0, 1, 33, 150), tokens=150, num_splits=num_splits)
+    check(case, implementation="triton", interpret=True)
+
+
+@both
+def test_an_empty_cache_gives_nothing(how):
+    arrays, options = cases.Decode(tokens=0, lengths=(0, 0)).arguments()
+    output, lse = vq_decode_attention(*arrays, **options, **how)
+    assert not output.any() and (lse == jnp.float32(split_k.EMPTY)).all()
+
+
+@both
+def test_scores_of_any_size_stay_finite(how):
+    (q, *rest), options = cases.Decode(lengths=(0, 20), tokens=20).arguments()
+    for factor in (0.0, 1e4):
+        output, lse = vq_decode_attention(q * factor, *rest, **options, **how)
+        assert jnp.isfinite(output).all() and jnp.isfinite(lse).all()
+
+
+@both
+def test_a_coded_part_and_an_exact_window_merge_to_the_whole(how):
+    case = cases.Decode(dtype="float32", lengths=(40, 40), tokens=40)
+    (q, keys, values, *books, _), options = case.arguments()
+    parts = [
+        vq_decode_attention(
+            q, keys[:, :, part], values[:, :, part], *books, jnp.full(2, size, jnp.int32), **options, **how
+        )
+        for part, size in ((slice(0, 29), 29), (slice(29, 40), 11))
+    ]
+    outputs, lses = zip(*parts, strict=True)
+    output, lse = split_k.merge(jnp.stack(outputs, -2), jnp.stack(lses, -1))
+    whole = vq_decode_attention(q, keys, values, *books, jnp.full(2, 40, jnp.int32), **options, **how)
+    np.testing.assert_allclose(output, whole[0], atol=2e-6)
+    np.testing.assert_allclose(lse, whole[1], atol=2e-6)
+
+
+def test_a_chunked_reference_equals_an_unchunked_one(monkeypatch):
+    from pallas_kernels.vq_decode_attention import reference
+
+    monkeypatch.setattr(reference, "_CHUNK_ELEMENTS", 1)  # chunks of 128
+    check(cases.Decode(lengths=(0, 127, 128, 129, 300), tokens=300), implementation="xla")
+
+
+@both
+def test_a_batch_may_be_mapped_over(how):
+    case = cases.Decode(dtype="float32", lengths=(7, 40), tokens=40)
+    (q, keys, values, key_book, value_book, lengths), options = case.arguments()
+
+    def one(q, keys, values, length):
+        arrays = q[None], keys[None], values[None], key_book, value_book, length[None]
+        output, lse = vq_decode_attention(*arrays, **options, **how)
+        return output[0], lse[0]
+
+    mapped = jax.jit(jax.vmap(one))(q, keys, values, lengths)
+    whole = vq_decode_attention(q, keys, values, key_book, value_book, lengths, **options)
+    for a, b in zip(mapped, whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+@both
+def test_it_runs_under_shard_map(how):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    arrays, options = cases.Decode(dtype="float32", lengths=(7, 40), tokens=40).arguments()
+    specs = (P("data"), P("data"), P("data"), P(), P(), P("data"))
+    step = jax.shard_map(
+        lambda *a: vq_decode_attention(*a, **options, **how),
+        mesh=mesh, in_specs=specs, out_specs=(P("data"), P("data")), check_vma=False,
+    )  # fmt: skip
+    for a, b in zip(jax.jit(step)(*arrays), vq_decode_attention(*arrays, **options), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_arguments_that_do_not_belong_together_are_refused():
+    (q, keys, values, key_book, value_book, lengths), _ = cases.Decode(tokens=8, lengths=(1, 2)).arguments()
+    refused = [
+        ("q must be", (q[0], keys, values, key_book, value_book, lengths), {}),
+        ("Hkv dividing 8", (q, keys[:, [0, 1, 0]], values, key_book, value_book, lengths), {}),
+        ("agree in", (q, keys, values[:, :, :5], key_book, value_book, lengths), {}),
+        ("packed in uint8", (q, keys.astype(jnp.int32), values, key_book, value_book, lengths), {}),
+        ("codebook must be", (q, keys, values, key_book[:, :, :, None], value_book, lengths), {}),
+        ("take 16 bytes", (q, keys[..., :15], values, key_book, value_book, lengths), {}),
+        ("lengths must be", (q, keys, values, key_book, value_book, lengths[:1]), {}),
+        ("num_splits", (q, keys, values, key_book, value_book, lengths), {"num_splits": 0}),
+    ]
+    for message, arrays, options in refused:
+        with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check") as error:
+            vq_decode_attention(*arrays, scale=1.0, **options)
+        if isinstance(error.value, ValueError):
+            assert "\n" not in str(error.value)

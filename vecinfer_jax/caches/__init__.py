@@ -1,0 +1,21 @@
+"""Cache methods: one file a method; `base.py` is the protocol. A method is added to `METHODS` and nowhere else."""
+
+from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape, MeshAxes, allocated_bytes
+from vecinfer_jax.caches.full_precision import FullPrecision
+from vecinfer_jax.caches.per_layer import PerLayer
+from vecinfer_jax.caches.vecinfer import VecInfer
+
+# Names on the command line.
+METHODS: dict[str, type[CacheMethod]] = {method.name: method for method in (FullPrecision, VecInfer)}
+
+__all__ = [
+    "METHODS",
+    "CacheMethod",
+    "Chunk",
+    "FullPrecision",
+    "LayerShape",
+    "MeshAxes",
+    "PerLayer",
+    "VecInfer",
+    "allocated_bytes",
+]

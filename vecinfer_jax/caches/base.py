@@ -1,0 +1,203 @@
+"""The protocol between the model and a cache method.
+
+A *method* (`VecInfer`, `FullPrecision`, ...) is a frozen, hashable dataclass of settings: a static argument of
+`jit`. A *layer cache* is what it makes: a `flax.struct.dataclass` pytree of arrays, which goes into every call and
+comes out of it changed, never mutated. The model hands q, k and v to the method **before RoPE**; the method
+rotates them, answers the attention and keeps what it wants to keep.
+
+What a query at position t reads: the keys and values of the first `sink` positions and of the last `residual`
+positions (t - residual + 1 ... t) in full precision, every other position from its codes.
+"""
+
+import abc
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int
+
+from vecinfer_jax.rope import Rope
+
+LayerCache = Any
+LayerCalibration = Mapping[str, Any] | None
+ReadMode = Literal["exact", "coded"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshAxes:
+    """Names of the mesh axes that a method must reduce over; None where that axis is not split.
+
+    `data` splits the batch, `context` the cached tokens, `model` the KV heads.
+    """
+
+    data: str | None = None
+    context: str | None = None
+    model: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerShape:
+    """What is static about one attention layer."""
+
+    num_query_heads: int
+    num_kv_heads: int
+    head_dim: int
+    dtype: Any
+    rope: Rope
+    index: int = 0
+    num_layers: int = 1
+    axes: MeshAxes = MeshAxes()
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_query_heads // self.num_kv_heads
+
+    @property
+    def scale(self) -> float:
+        """Scale of the scores, 1 / sqrt(head_dim)."""
+        return self.head_dim**-0.5
+
+
+@struct.dataclass
+class Chunk:
+    """The tokens in flight: a chunk of a prompt, or one token a sequence when decoding.
+
+    positions: int32[B, T], absolute positions (a token's slot in the cache is its position).
+    lengths:   int32[B], tokens of this chunk that count; the rest of the row is padding.
+    cos, sin:  float32[B, T, D/2], the rotary factors at `positions`.
+    layer:     static geometry of the layer being computed.
+    first:     static; True when nothing is cached yet (the chunk starts at position 0). A later chunk of a
+               long prompt has False, and its offset is positions[:, 0].
+    read:      static; whether prompt queries read exact keys and values ("exact", as generation does while
+               the prompt fits) or what decoding would read ("coded", the strict evaluation).
+    """
+
+    positions: Int[Array, "B T"]
+    lengths: Int[Array, "B"]
+    cos: Float[Array, "B T half"]
+    sin: Float[Array, "B T half"]
+    layer: LayerShape = struct.field(pytree_node=False)
+    first: bool = struct.field(pytree_node=False, default=True)
+    read: ReadMode = struct.field(pytree_node=False, default="exact")
+
+
+def array_field(kind: Literal["codes", "codebooks", "window", "state"], **kwargs: Any) -> Any:
+    """A field of a layer cache, labelled with what its bytes are spent on (see `allocated_bytes`)."""
+    return struct.field(metadata={"bytes": kind}, **kwargs)
+
+
+class CacheMethod(abc.ABC):
+    """A way to keep keys and values. Subclasses are frozen dataclasses."""
+
+    name: ClassVar[str]
+    needs_calibration: ClassVar[bool] = False
+
+    @abc.abstractmethod
+    def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> LayerCache:
+        """An empty cache of one layer for `capacity` tokens a sequence. Called under `jit`."""
+
+    @abc.abstractmethod
+    def prefill(
+        self,
+        q: Float[Array, "B T Hq D"],
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        chunk: Chunk,
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B T Hq D"], LayerCache]:
+        """Attention of a chunk of prompt, and the cache with the chunk's tokens in it."""
+
+    @abc.abstractmethod
+    def decode(
+        self,
+        q: Float[Array, "B Hq D"],
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        chunk: Chunk,
+        cache: LayerCache,
+    ) -> tuple[Float[Array, "B Hq D"], LayerCache]:
+        """Appends one token to every sequence and answers its attention."""
+
+    @abc.abstractmethod
+    def bits_per_element(self, layer: LayerShape) -> float:
+        """True bits per cached key or value element outside window and sinks: codes, scales, zeros, outliers."""
+
+    # What follows has a default that suits most methods.
+
+    def for_layer(self, index: int, num_layers: int) -> "CacheMethod":
+        """The method of one layer; methods that treat layers differently return different ones."""
+        del index, num_layers
+        return self
+
+    def validate(self, layer: LayerShape) -> None:
+        """Raises `InputError` where these settings cannot serve this geometry."""
+        del layer
+
+    def prefetch(
+        self,
+        hidden: Float[Array, "B T hidden"],
+        project_query: Callable[[jax.Array], jax.Array],
+        chunk: Chunk,
+        cache: LayerCache,
+    ) -> LayerCache:
+        """Called before the layer runs with the *previous* layer's normed input and this layer's query projection.
+
+        For methods that predict what the layer will look at and start fetching it (TailorKV, section 3.3).
+        """
+        del hidden, project_query, chunk
+        return cache
+
+    def fold_values(
+        self,
+        layer: LayerShape,
+        calibration: LayerCalibration,
+        v_kernel: Float[Array, "hidden Hkv D"],
+        v_bias: Float[Array, "Hkv D"] | None,
+        o_kernel: Float[Array, "Hq D hidden"],
+    ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+        """Folds an invertible transform of the values into copies of W_v and W_o; the default has none."""
+        del layer, calibration
+        return v_kernel, v_bias, o_kernel
+
+    def calibrate_layer(self, layer: LayerShape, statistics: Any, seed: int) -> dict[str, np.ndarray]:
+        """Arrays that `init` wants for one layer, from the activation statistics of that layer."""
+        del layer, statistics, seed
+        return {}
+
+    def calibration_key(self) -> dict[str, Any]:
+        """The settings that a calibration depends on: an artefact serves every method with an equal key."""
+        return {"method": self.name}
+
+
+def allocated_bytes(cache: Any) -> dict[str, int]:
+    """Bytes of a cache (one layer's, or any pytree of layer caches) by what they are spent on.
+
+    Works on arrays and on `jax.ShapeDtypeStruct`s alike. Keys: codes, codebooks, window, state, total.
+    """
+    sizes = {"codes": 0, "codebooks": 0, "window": 0, "state": 0}
+
+    def visit(node: Any) -> None:
+        if dataclasses.is_dataclass(node) and not isinstance(node, type):
+            for field in dataclasses.fields(node):
+                kind = field.metadata.get("bytes")
+                value = getattr(node, field.name)
+                if kind is None:
+                    visit(value)
+                else:
+                    for leaf in jax.tree.leaves(value):
+                        sizes[kind] += int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize
+        elif isinstance(node, list | tuple):
+            for child in node:
+                visit(child)
+        elif isinstance(node, Mapping):
+            for child in node.values():
+                visit(child)
+
+    visit(cache)
+    sizes["total"] = sum(sizes.values())
+    return sizes

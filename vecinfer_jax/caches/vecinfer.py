@@ -1,0 +1,291 @@
+"""VecInfer (arXiv 2510.06175): smoothed and Hadamard-rotated keys, and values as they are, vector-quantised.
+
+Per KV head, after RoPE (section 3.2): q <- (q * lambda) H and k <- (k / lambda) H leave every score unchanged; the
+static factors lambda_i = sqrt(max |k_i|) flatten channel outliers and H spreads what is left, so that one codebook
+of short sub-vectors serves every position. A code is the index of the L2-nearest of 2^b centroids (section 3.3).
+"""
+
+import dataclasses
+import re
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Float, Int, UInt8
+
+from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
+from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.rows import write_chunk
+from vecinfer_jax.caches.windowed import WindowedMethod
+from vecinfer_jax.calibration.codebooks import codebook_of
+from vecinfer_jax.errors import InputError
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeFormat:
+    """dXbY: sub-vectors of X elements, Y-bit codes."""
+
+    length: int
+    code_bits: int
+
+    @classmethod
+    def parse(cls, text: str) -> "CodeFormat":
+        match = re.fullmatch(r"d(1|2|4|8|16)b(\d+)", text)
+        if match is None or not 1 <= int(match[2]) <= 16:
+            raise InputError(f"code format {text!r} is not dXbY with X in 1, 2, 4, 8, 16 and Y from 1 to 16, like d4b8")
+        return cls(int(match[1]), int(match[2]))
+
+    def __str__(self) -> str:
+        return f"d{self.length}b{self.code_bits}"
+
+    @property
+    def bits(self) -> float:
+        """Bits per element."""
+        return self.code_bits / self.length
+
+    @property
+    def entries(self) -> int:
+        """Centroids of the codebook."""
+        return 2**self.code_bits
+
+    def bytes_per_token(self, head_dim: int) -> int:
+        """Bytes of one token's codes in one KV head."""
+        return packing.num_bytes(head_dim // self.length, self.code_bits)
+
+
+# Section 4.1: average bits -> formats of keys and values.
+PAPER_FORMATS: dict[float, tuple[str, str]] = {
+    4: ("d2b8", "d2b8"),
+    3: ("d4b12", "d4b12"),
+    2: ("d4b8", "d4b8"),
+    1.5: ("d8b12", "d8b12"),
+    1.25: ("d8b12", "d8b8"),
+    1: ("d8b8", "d8b8"),
+}
+
+TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", "none")
+SCOPES = ("layer_head", "layer")
+
+
+@struct.dataclass
+class VecInferStore:
+    """Codes and what reads them.
+
+    key_codes, value_codes:         uint8[B, Hkv, S, bytes], a token's packed codes contiguous.
+    key_codebook, value_codebook:   [Hkv or 1, 2^b, d], in the model's dtype; codes are chosen with these values.
+    smooth:                         float32[Hkv, D], lambda; ones where the transform does not smooth.
+    """
+
+    key_codes: UInt8[Array, "B Hkv S kbytes"] = array_field("codes")
+    value_codes: UInt8[Array, "B Hkv S vbytes"] = array_field("codes")
+    key_codebook: Float[Array, "Hk K d"] = array_field("codebooks")
+    value_codebook: Float[Array, "Hv K d"] = array_field("codebooks")
+    smooth: Float[Array, "Hkv D"] = array_field("codebooks")
+
+
+@dataclasses.dataclass(frozen=True)
+class VecInfer(WindowedMethod):
+    """Vector-quantised cache.
+
+    bits:       4, 3, 2, 1.5, 1.25 or 1: the paper's formats for that average.
+    key, value: formats such as "d4b10", "d8b12" in place of the paper's.
+    transform:  of the keys; "smooth-hadamard" is the paper.
+    scope:      one codebook per "layer_head" or per "layer".
+    residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
+    implementation: of the kernels ("triton", "xla"; None: the best for the device); interpret: run Pallas kernels
+        in interpret mode (tests).
+    """
+
+    bits: float = 2
+    key: str | None = None
+    value: str | None = None
+    transform: str = "smooth-hadamard"
+    scope: str = "layer_head"
+    implementation: str | None = None
+    interpret: bool = False
+
+    name: ClassVar[str] = "vecinfer"
+    needs_calibration: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.bits not in PAPER_FORMATS:
+            raise InputError(
+                f"bits={self.bits} is not a VecInfer width; choose 4, 3, 2, 1.5, 1.25 or 1, or give key= and value="
+            )
+        if self.transform not in TRANSFORMS:
+            raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
+        if self.scope not in SCOPES:
+            raise InputError(f"scope={self.scope!r} is unknown; choose from {', '.join(SCOPES)}")
+        _ = self.key_format, self.value_format
+
+    @property
+    def key_format(self) -> CodeFormat:
+        return CodeFormat.parse(self.key or PAPER_FORMATS[self.bits][0])
+
+    @property
+    def value_format(self) -> CodeFormat:
+        return CodeFormat.parse(self.value or PAPER_FORMATS[self.bits][1])
+
+    @property
+    def rotates(self) -> bool:
+        """Whether keys go through the Hadamard matrix."""
+        return "hadamard" in self.transform
+
+    @property
+    def smooths(self) -> bool:
+        """Whether keys are divided by lambda."""
+        return "smooth" in self.transform
+
+    def validate(self, layer: LayerShape) -> None:
+        for which, form in (("key", self.key_format), ("value", self.value_format)):
+            if layer.head_dim % form.length or layer.head_dim // form.length * form.code_bits % 8:
+                raise InputError(f"{which} format {form} does not divide head_dim {layer.head_dim} into whole bytes")
+        if self.rotates and layer.head_dim & (layer.head_dim - 1):
+            raise InputError(
+                f"transform={self.transform!r} needs head_dim a power of two, this model has {layer.head_dim}"
+            )
+
+    def bits_per_element(self, layer: LayerShape) -> float:
+        return (self.key_format.bits + self.value_format.bits) / 2
+
+    def calibration_key(self) -> dict[str, Any]:
+        return {
+            "method": self.name,
+            "key": str(self.key_format),
+            "value": str(self.value_format),
+            "transform": self.transform,
+            "scope": self.scope,
+        }
+
+    def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> VecInferStore:
+        if calibration is None:
+            raise InputError("VecInfer needs a calibration: vj.calibrate(lm, method), or `vecinfer calibrate`")
+
+        def codes(form: CodeFormat) -> UInt8[Array, "B Hkv S bytes"]:
+            return jnp.zeros((batch, layer.num_kv_heads, slots, form.bytes_per_token(layer.head_dim)), jnp.uint8)
+
+        return VecInferStore(
+            codes(self.key_format),
+            codes(self.value_format),
+            jnp.asarray(calibration["key_codebook"]).astype(layer.dtype),
+            jnp.asarray(calibration["value_codebook"]).astype(layer.dtype),
+            jnp.asarray(calibration["smooth"], jnp.float32),
+        )
+
+    # -- transforms (section 3.2); scores are invariant: transform_query(q) . transform_key(k) = q . k
+
+    def transform_query(self, q: Float[Array, "*B Hq D"], store: VecInferStore) -> Float[Array, "*B Hq D"]:
+        """q after RoPE, into the space of the coded keys; float32 arithmetic, q's dtype out."""
+        heads, dim = store.smooth.shape
+        x = q.astype(jnp.float32).reshape(*q.shape[:-2], heads, -1, dim)
+        smooth = store.smooth[:, None, :]
+        if self.transform == "hadamard-smooth":
+            x = self._rotate(x) * smooth
+        else:
+            x = self._rotate(x * smooth) if self.rotates else x * smooth
+        return x.reshape(q.shape).astype(q.dtype)
+
+    def restore_key(self, k: Float[Array, "B Hkv S D"], store: VecInferStore) -> Float[Array, "B Hkv S D"]:
+        """A decoded key back into the model's space (the inverse of the keys' transform)."""
+        x, smooth = k.astype(jnp.float32), store.smooth[:, None, :]
+        if self.transform == "hadamard-smooth":
+            return self._rotate(x * smooth)
+        return (self._rotate(x) if self.rotates else x) * smooth
+
+    def _rotate(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
+        return hadamard(x, implementation=self.implementation, interpret=self.interpret)
+
+    # -- the windowed protocol
+
+    def append(
+        self,
+        store: VecInferStore,
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        slots: Int[Array, "B T"],
+        layer: LayerShape,
+    ) -> VecInferStore:
+        how: dict[str, Any] = {"implementation": self.implementation, "interpret": self.interpret}
+        if self.transform == "hadamard-smooth":
+            rotation = jnp.asarray(hadamard(jnp.eye(layer.head_dim, dtype=jnp.float32)))
+            keys: dict[str, Any] = {"matrix": rotation[None] / store.smooth[:, None, :]}
+        else:
+            keys = {"scale": 1.0 / store.smooth, "hadamard": self.rotates}
+        key_codes = vq_encode(k, store.key_codebook, **keys, **how)
+        value_codes = vq_encode(v, store.value_codebook, **how)
+        return dataclasses.replace(
+            store,
+            key_codes=write_chunk(store.key_codes, key_codes.swapaxes(1, 2), slots),
+            value_codes=write_chunk(store.value_codes, value_codes.swapaxes(1, 2), slots),
+        )
+
+    def read(
+        self, store: VecInferStore, layer: LayerShape
+    ) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
+        keys = dequantise(store.key_codes, store.key_codebook, layer.head_dim)
+        values = dequantise(store.value_codes, store.value_codebook, layer.head_dim)
+        return self.restore_key(keys, store).astype(layer.dtype), values
+
+    def attend(
+        self, q: Float[Array, "B Hq D"], store: VecInferStore, count: Int[Array, "B"], layer: LayerShape
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+        return vq_decode_attention(
+            self.transform_query(q, store),
+            store.key_codes,
+            store.value_codes,
+            store.key_codebook,
+            store.value_codebook,
+            count.astype(jnp.int32),
+            scale=layer.scale,
+            implementation=self.implementation,
+            interpret=self.interpret,
+        )
+
+    # -- calibration (section 4.1)
+
+    def calibrate_layer(self, layer: LayerShape, statistics: Any, seed: int) -> dict[str, np.ndarray]:
+        keys = np.asarray(statistics.keys, np.float32)  # [N, Hkv, D]
+        values = np.asarray(statistics.values, np.float32)
+
+        def rotate(x: np.ndarray) -> np.ndarray:
+            return np.asarray(hadamard(jnp.asarray(x), implementation="xla"))
+
+        smooth = np.ones((layer.num_kv_heads, layer.head_dim), np.float32)
+        if self.smooths:
+            peak = statistics.rotated_key_abs_max if self.transform == "hadamard-smooth" else statistics.key_abs_max
+            smooth = smoothing_factors(np.asarray(peak, np.float32))
+        if self.transform == "hadamard-smooth":
+            keys = rotate(keys) / smooth
+        else:
+            keys = rotate(keys / smooth) if self.rotates else keys / smooth
+
+        def codebook(vectors: np.ndarray, form: CodeFormat, seed: int) -> np.ndarray:
+            per_head = self.scope == "layer_head"
+            return codebook_of(vectors, length=form.length, entries=form.entries, per_head=per_head, seed=seed)
+
+        return {
+            "smooth": smooth,
+            "key_codebook": codebook(keys, self.key_format, seed),
+            "value_codebook": codebook(values, self.value_format, seed + 1),
+        }
+
+
+def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarray, "Hkv D"]:
+    """lambda_i = sqrt(max over calibration tokens of |k_i|), VecInfer section 3.2, with a positive floor."""
+    factors = np.sqrt(key_abs_max)
+    floor = 1e-3 * np.max(factors, axis=-1, keepdims=True)
+    return np.maximum(factors, np.maximum(floor, 1e-6)).astype(np.float32)
+
+
+def dequantise(
+    codes: UInt8[Array, "B H S bytes"], codebook: Float[Array, "Hc K d"], head_dim: int
+) -> Float[Array, "B H S D"]:
+    """Centroids of packed codes, in the codebook's dtype."""
+    entries, length = codebook.shape[1:]
+    index = packing.unpack(codes, entries.bit_length() - 1, head_dim // length)
+    book = jnp.broadcast_to(codebook, (codes.shape[1], entries, length))
+    heads = jax.vmap(lambda c, i: c[i], in_axes=(0, 1), out_axes=1)(book, index)
+    return heads.reshape(*codes.shape[:3], head_dim)

@@ -1,0 +1,1 @@
+"""From text to codebooks and scales: activation statistics, k-means, artefacts."""

@@ -1,0 +1,143 @@
+"""A calibration: arrays per layer and how they were made. Data only, saved with Orbax, never pickled.
+
+A directory holds `metadata.json` (what it is for, versions, a SHA-256 of every array) and `arrays/` (Orbax). It is
+written beside its destination and renamed, so nothing half-written stays behind.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from vecinfer_jax.errors import CalibrationError
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Calibration:
+    """layers: one dict of arrays a layer; metadata: model fingerprint, method key, text, versions."""
+
+    layers: tuple[Mapping[str, Any], ...]
+    metadata: Mapping[str, Any]
+
+    @property
+    def method_key(self) -> Mapping[str, Any]:
+        """`CacheMethod.calibration_key()` of the methods this serves."""
+        return self.metadata["method"]
+
+    def save(self, directory: str | os.PathLike[str]) -> Path:
+        """Writes the artefact; an existing one there is replaced once the new one is whole."""
+        destination = Path(directory).absolute()
+        arrays = {f"layer_{i:03d}": {k: np.asarray(v) for k, v in a.items()} for i, a in enumerate(self.layers)}
+        metadata = dict(self.metadata) | {"format": FORMAT, "arrays": _digests(arrays)}
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        try:
+            with ocp.StandardCheckpointer() as checkpointer:
+                checkpointer.save(work / "new" / "arrays", arrays)
+            (work / "new" / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
+            if destination.exists():
+                os.replace(destination, work / "old")
+            os.replace(work / "new", destination)
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+        return destination
+
+    def check(self, fingerprint: str, method_key: Mapping[str, Any]) -> None:
+        """Raises `CalibrationError` unless this was made from that model for that method."""
+        if self.metadata["model"]["fingerprint"] != fingerprint:
+            raise CalibrationError(
+                f"this calibration is of model {self.metadata['model']['name']!r} "
+                f"({self.metadata['model']['fingerprint']}), not of the loaded one ({fingerprint}): calibrate again"
+            )
+        if dict(self.method_key) != dict(method_key):
+            raise CalibrationError(
+                f"this calibration is for {_short(self.method_key)}, not for {_short(method_key)}: calibrate again"
+            )
+
+
+def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
+    """The metadata of an artefact, without its arrays. Raises `CalibrationError`."""
+    path = Path(directory) / "metadata.json"
+    try:
+        metadata = json.loads(path.read_text())
+        if metadata["format"] != FORMAT:
+            raise CalibrationError(f"{directory}: calibration format {metadata['format']} is not {FORMAT}")
+        _ = metadata["model"]["fingerprint"], metadata["method"], metadata["arrays"]
+    except FileNotFoundError:
+        raise CalibrationError(f"{directory} holds no calibration (metadata.json is missing)") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CalibrationError(f"{path} is damaged ({error!r}): calibrate again") from None
+    return metadata
+
+
+def read_calibration(directory: str | os.PathLike[str]) -> Calibration:
+    """Reads an artefact; truncated, altered or NaN-carrying ones are refused by name with `CalibrationError`."""
+    metadata = read_metadata(directory)
+    digests = metadata["arrays"]
+    arrays_path = Path(directory).absolute() / "arrays"
+    template: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
+    for name, entry in digests.items():
+        layer, _, field = name.partition("/")
+        template.setdefault(layer, {})[field] = jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            arrays = checkpointer.restore(arrays_path, _on_cpu(template))
+        arrays = jax.tree.map(np.asarray, arrays)
+        found = _digests(arrays)
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise CalibrationError(f"{arrays_path} cannot be read ({reason[0][:120]}): calibrate again") from None
+    for name, entry in digests.items():
+        if found[name]["sha256"] != entry["sha256"]:
+            raise CalibrationError(f"{directory}: array {name} is not what was saved: calibrate again")
+    layers = tuple(arrays[layer] for layer in sorted(arrays))
+    for index, layer_arrays in enumerate(layers):
+        for field, array in layer_arrays.items():
+            if not np.all(np.isfinite(array)):
+                raise CalibrationError(f"{directory}: layer {index}'s {field} is not finite: calibrate again")
+    return Calibration(layers, metadata)
+
+
+def versions() -> dict[str, str]:
+    """What made an artefact."""
+    found = {}
+    for package in ("vecinfer-jax", "jax", "flax", "orbax-checkpoint", "numpy"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "source"
+    return found
+
+
+def _on_cpu(template: Any) -> Any:
+    sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), template)
+
+
+def _digests(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:
+    digests = {}
+    for layer, fields in arrays.items():
+        for field, array in fields.items():
+            content = np.ascontiguousarray(array)
+            digests[f"{layer}/{field}"] = {
+                "shape": list(content.shape),
+                "dtype": str(content.dtype),
+                "sha256": hashlib.sha256(content.tobytes()).hexdigest(),
+            }
+    return digests
+
+
+def _short(key: Mapping[str, Any]) -> str:
+    return " ".join(str(value) for value in key.values())

@@ -1,0 +1,168 @@
+"""`calibrate`: text in, calibration out."""
+
+import dataclasses
+import functools
+import hashlib
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from vecinfer_jax import assets
+from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.calibration.artefact import Calibration, versions
+from vecinfer_jax.calibration.statistics import LayerStatistics, Statistics
+from vecinfer_jax.errors import CalibrationError, InputError
+from vecinfer_jax.models import LanguageModel
+from vecinfer_jax.models.decoder import Decoder, layer_shape
+
+DEFAULT_TEXT = "hotpotqa-paragraphs"
+
+
+def calibrate(
+    lm: LanguageModel,
+    method: CacheMethod,
+    texts: Iterable[str] | None = None,
+    *,
+    passages: int = 64,
+    passage_length: int = 512,
+    batch: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> Calibration:
+    """Fits a method's codebooks and scales to a model's activations on text.
+
+    Args:
+        lm: the model.
+        method: what to calibrate; methods that need nothing get an empty calibration.
+        texts: documents, streamed and joined until `passages` are full; default: Wikipedia paragraphs in random
+            order (see `vecinfer_jax.assets`).
+        passages, passage_length: how many passages of how many tokens (VecInfer, section 4.1: 256 of 512).
+        batch: passages run at a time.
+        seed: of everything random; the same seed gives the same calibration on the same device.
+        progress: show progress bars.
+
+    Raises:
+        CalibrationError: the text is empty or too short, or an activation is not finite.
+    """
+    digest = hashlib.sha256()
+    text_name = "given" if texts is not None else DEFAULT_TEXT
+    if texts is None:
+        texts = default_texts(seed)
+    if isinstance(texts, str):
+        raise InputError("texts must be an iterable of documents, not one string; use [text]")
+
+    def hashed() -> Iterator[str]:
+        for text in texts:
+            digest.update(text.encode())
+            digest.update(b"\0")
+            yield text
+
+    count, statistics = collect_statistics(
+        lm, passages_of(lm, hashed(), passage_length), passages=passages, batch=batch, seed=seed, progress=progress
+    )
+    layers = []
+    shown = tqdm(enumerate(statistics), "codebooks", total=len(statistics), disable=not progress, unit="layer")
+    for index, layer_statistics in shown:
+        layer = layer_shape(lm.config, index, lm.dtype)
+        fitted = method.for_layer(index, lm.config.num_layers).calibrate_layer(
+            layer, layer_statistics, seed=seed * 1_000_003 + 2 * index
+        )
+        for field, array in fitted.items():
+            if not np.all(np.isfinite(array)):
+                raise CalibrationError(f"layer {index}: {field} came out not finite; is the model's output finite?")
+        layers.append(fitted)
+    metadata = {
+        "model": {"name": lm.name, "fingerprint": lm.fingerprint},
+        "method": method.calibration_key(),
+        "text": {"name": text_name, "sha256": digest.hexdigest()},
+        "passages": count,
+        "passage_length": passage_length,
+        "seed": seed,
+        "dtype": str(jnp.dtype(lm.dtype)),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    return Calibration(tuple(layers), metadata)
+
+
+def collect_statistics(
+    lm: LanguageModel,
+    passages_in: Iterable[list[int]],
+    *,
+    passages: int,
+    batch: int,
+    seed: int,
+    progress: bool,
+) -> tuple[int, list[LayerStatistics]]:
+    """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer)."""
+    method = Statistics(seed=seed)
+    num_layers = lm.config.num_layers
+    caches = tuple(method.init(layer_shape(lm.config, i, lm.dtype), batch, 0) for i in range(num_layers))
+    source = itertools.islice(iter(passages_in), passages)
+    done = 0
+    with tqdm(total=passages, desc="activations", disable=not progress, unit="passage") as bar:
+        while rows := list(itertools.islice(source, batch)):
+            width = max(len(row) for row in rows)
+            tokens = np.zeros((batch, width), np.int32)
+            lengths = np.zeros((batch,), np.int32)
+            for i, row in enumerate(rows):
+                tokens[i, : len(row)], lengths[i] = row, len(row)
+            caches = _run(Decoder(lm.config, method, lm.dtype), lm.params, tokens, lengths, caches)
+            done += len(rows)
+            bar.update(len(rows))
+    if not done:
+        raise CalibrationError("the calibration text is empty: give --text a file with some text in it")
+    return done, [jax.tree.map(np.asarray, _trim(layer)) for layer in caches]
+
+
+@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="caches")
+def _run(decoder: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, caches: Any) -> Any:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    return decoder.apply({"params": params}, tokens, positions, caches, lengths=lengths, logits="none")[1]
+
+
+def _trim(layer: LayerStatistics) -> LayerStatistics:
+    """Drops sample slots that a short text left empty."""
+    filled = np.asarray(layer.positions) >= 0
+    return dataclasses.replace(
+        layer,
+        keys=layer.keys[filled],
+        values=layer.values[filled],
+        positions=layer.positions[filled],
+        priority=layer.priority[filled],
+    )
+
+
+def passages_of(lm: LanguageModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:
+    """Token ids of consecutive documents, a blank line between them, cut into passages of `length` tokens.
+
+    The last passage is given out even if it is shorter.
+    """
+    if lm.tokenizer is None:
+        raise InputError(f"model {lm.name!r} has no tokenizer to read the calibration text with")
+    buffer: list[int] = []
+    start = lm.tokenizer.encode("")  # what the tokenizer puts in front of every text, if anything
+    first = True
+    for text in texts:
+        if not text.strip():
+            continue
+        buffer += lm.tokenizer.encode(text if first else "\n\n" + text, add_special_tokens=False)
+        first = False
+        body = length - len(start)
+        while len(buffer) >= body:
+            yield start + buffer[:body]
+            buffer = buffer[body:]
+    if buffer:
+        yield start + buffer
+
+
+def default_texts(seed: int) -> Iterator[str]:
+    """The default calibration text in an order given by `seed`."""
+    paragraphs = list(assets.paragraphs(DEFAULT_TEXT))
+    for index in np.random.default_rng(seed).permutation(len(paragraphs)):
+        yield paragraphs[index]

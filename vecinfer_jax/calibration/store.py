@@ -1,0 +1,81 @@
+"""Where calibrations are found: given, shipped with the project, or kept in the user's cache."""
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from vecinfer_jax import assets
+from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
+from vecinfer_jax.calibration.collect import calibrate
+from vecinfer_jax.errors import CalibrationError
+from vecinfer_jax.models import LanguageModel
+
+
+def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMethod | None = None) -> Calibration:
+    """Reads an artefact made from `lm` (and, if given, for `method`); any other is refused.
+
+    Raises `CalibrationError`.
+    """
+    calibration = read_calibration(directory)
+    key = calibration.method_key if method is None else method.calibration_key()
+    calibration.check(lm.fingerprint, key)
+    return calibration
+
+
+def resolve_calibration(
+    lm: LanguageModel, method: CacheMethod, calibration: Calibration | None, *, progress: bool = True
+) -> Calibration:
+    """The calibration to use: the given one (checked), a shipped or kept one, or one made now and kept."""
+    if not method.needs_calibration:
+        return Calibration(tuple({} for _ in range(lm.config.num_layers)), {"method": method.calibration_key()})
+    if calibration is not None:
+        calibration.check(lm.fingerprint, method.calibration_key())
+        return calibration
+    found = find_calibration(lm, method)
+    if found is not None:
+        return load_calibration(found, lm, method)
+    destination = kept_directory(lm, method)
+    if progress:
+        print(
+            f"no calibration of {lm.name} for {method.name} yet: calibrating once, kept in {destination}",
+            file=sys.stderr,
+        )
+    made = calibrate(lm, method, progress=progress)
+    made.save(destination)
+    return made
+
+
+def find_calibration(lm: LanguageModel, method: CacheMethod) -> Path | None:
+    """A shipped or kept artefact for this model and method, or None."""
+    key = method.calibration_key()
+    kept = kept_directory(lm, method)
+    candidates = [*shipped(), *([kept] if kept.is_dir() else [])]
+    for directory in candidates:
+        metadata = read_metadata(directory)
+        if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key:
+            return directory
+    return None
+
+
+def shipped() -> Iterator[Path]:
+    """Artefacts that come with the project: inside an installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for root in (package / "checkpoints", package.parent / "checkpoints"):
+        if root.is_dir():
+            yield from sorted(path.parent for path in root.glob("*/*/metadata.json"))
+            return
+
+
+def kept_directory(lm: LanguageModel, method: CacheMethod) -> Path:
+    """Where the user's cache keeps the calibration of this model and method."""
+    key = json.dumps(method.calibration_key(), sort_keys=True)
+    digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    name = re.sub(r"[^A-Za-z0-9._-]+", "-", lm.name).strip("-.") or "model"
+    return assets.cache_directory() / "calibrations" / f"{name}-{lm.fingerprint}" / f"{method.name}-{digest}"
+
+
+__all__ = ["CalibrationError", "find_calibration", "load_calibration", "resolve_calibration", "shipped"]

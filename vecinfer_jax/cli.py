@@ -1,0 +1,344 @@
+"""The `vecinfer` command. Errors are one line on stderr and exit status 1."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vecinfer_jax.errors import InputError, VecInferError
+
+# What typer raises for a misuse of the command line, whether it carries its own click or imports it.
+_UsageError: Any = typer.BadParameter.__base__
+
+app = typer.Typer(
+    help="LLM inference in JAX with a compressed KV cache.",
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+evaluate_app = typer.Typer(help="What a compressed cache costs in quality.", no_args_is_help=True)
+app.add_typer(evaluate_app, name="evaluate")
+
+Model = Annotated[str, typer.Option(help="A known name, a Hugging Face or Orbax directory, or a .gguf file.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")]
+Method = Annotated[str, typer.Option(help="How keys and values are kept: full, vecinfer.")]
+Bits = Annotated[float | None, typer.Option(help="Average bits an element (vecinfer: 4, 3, 2, 1.5, 1.25, 1).")]
+Key = Annotated[str | None, typer.Option(help="Code format of the keys, such as d4b10.")]
+Value = Annotated[str | None, typer.Option(help="Code format of the values, such as d8b12.")]
+Residual = Annotated[int | None, typer.Option(help="Recent tokens kept in full precision.")]
+Sink = Annotated[int | None, typer.Option(help="First tokens kept in full precision.")]
+Transform = Annotated[str | None, typer.Option(help="Of the keys; smooth-hadamard is the paper's.")]
+Scope = Annotated[str | None, typer.Option(help="One codebook per layer_head or per layer.")]
+CalibrationDir = Annotated[
+    Path | None, typer.Option("--calibration", help="An artefact of `vecinfer calibrate`; default: shipped or kept.")
+]
+Json = Annotated[Path | None, typer.Option("--json", help="Write what was measured here ('-': stdout).")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def make_method(name: str, **settings: Any) -> Any:
+    """A cache method from the command line's options; options left out keep the method's defaults."""
+    from vecinfer_jax.caches import METHODS
+
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
+    given = {key: value for key, value in settings.items() if value is not None}
+    known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise InputError(f"method {name!r} has no --{unknown[0]}: leave it out")
+    if "bits" in given and given["bits"] == int(given["bits"]):
+        given["bits"] = int(given["bits"])
+    return METHODS[name](**given)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; several make one batch.")] = None,
+    model: Model = "smollm2-135m-instruct",
+    method: Method = "vecinfer",
+    bits: Bits = None,
+    key: Key = None,
+    value: Value = None,
+    residual: Residual = None,
+    sink: Sink = None,
+    transform: Transform = None,
+    scope: Scope = None,
+    calibration: CalibrationDir = None,
+    dtype: Dtype = None,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens a prompt at most.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="0: no limit.")] = 0,
+    top_p: Annotated[float, typer.Option(help="1: no limit.")] = 1.0,
+    min_p: Annotated[float, typer.Option(help="0: no limit.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same tokens.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="Put each prompt through the chat template.")] = False,
+    stream: Annotated[bool, typer.Option("--stream", help="Print one prompt's answer as it comes.")] = False,
+    capacity: Annotated[int | None, typer.Option(help="Tokens a sequence to allocate the cache for.")] = None,
+    input: Annotated[Path | None, typer.Option(help="JSONL of prompts: a batch job.")] = None,
+    output: Annotated[Path | None, typer.Option(help="JSONL of answers; an interrupted job goes on.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Of a batch job.")] = 8,
+    logprobs: Annotated[bool, typer.Option("--logprobs", help="Log-probabilities in JSON output.")] = False,
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Continue prompts, or run a batch job from --input to --output."""
+    from vecinfer_jax import generation
+    from vecinfer_jax.generation.jobs import run_job
+
+    chosen = make_method(
+        method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
+    )
+    sampling = generation.Sampling(temperature, top_k, top_p, min_p)
+    if (input is None) != (output is None):
+        raise InputError("a batch job needs both --input and --output")
+    if input is None and not prompts:
+        raise InputError("give a prompt, or --input and --output for a batch job")
+    if input is not None and prompts:
+        raise InputError("give either prompts or --input, not both")
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet)
+    if input is not None and output is not None:
+        done = run_job(
+            lm,
+            input,
+            output,
+            method=chosen,
+            calibration=fitted,
+            batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
+            sampling=sampling,
+            seed=seed,
+            stop=stop or (),
+            logprobs=logprobs,
+            progress=not quiet,
+        )
+        print(f"{done} answers written to {output}", file=sys.stderr)
+        return
+    assert prompts is not None
+    texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else list(prompts)
+    options: dict[str, Any] = {
+        "method": chosen,
+        "calibration": fitted,
+        "max_new_tokens": max_new_tokens,
+        "sampling": sampling,
+        "seed": seed,
+        "stop": stop or (),
+        "capacity": capacity,
+        "progress": not quiet,
+    }
+    if stream:
+        if len(texts) != 1 or json_out is not None:
+            raise InputError("--stream takes one prompt and no --json")
+        for piece in generation.stream(lm, texts[0], **options):
+            print(piece, end="", flush=True)
+        print()
+        return
+    out = generation.generate(lm, texts, **options)
+    if json_out is None or str(json_out) != "-":
+        for text in out.texts:
+            print(text)
+    if json_out is not None:
+        answers = [
+            {"text": t, "tokens": ids, "finish_reason": r} | ({"logprobs": lp} if logprobs else {})
+            for t, ids, r, lp in zip(out.texts, out.tokens, out.finish_reasons, out.logprobs, strict=True)
+        ]
+        stats = dataclasses.asdict(out.stats) | {"tokens_per_second": out.stats.tokens_per_second}
+        _write_json(json_out, {"model": lm.name, "method": repr(chosen), "answers": answers, **stats})
+
+
+@app.command()
+def calibrate(
+    output: Annotated[Path, typer.Option(help="Directory for the artefact.")],
+    model: Model = "smollm2-135m-instruct",
+    method: Method = "vecinfer",
+    bits: Bits = None,
+    key: Key = None,
+    value: Value = None,
+    transform: Transform = None,
+    scope: Scope = None,
+    dtype: Dtype = None,
+    text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Wikipedia paragraphs, fetched.")] = None,
+    passages: Annotated[int, typer.Option(help="Passages to run the model over.")] = 64,
+    passage_length: Annotated[int, typer.Option(help="Tokens a passage.")] = 512,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same artefact.")] = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Fit a method's codebooks to a model and save them."""
+    from vecinfer_jax import models
+    from vecinfer_jax.calibration import collect
+
+    chosen = make_method(method, bits=bits, key=key, value=value, transform=transform, scope=scope)
+    if not chosen.needs_calibration:
+        raise InputError(f"method {method!r} needs no calibration")
+    lm = models.load(model, dtype, progress=not quiet)
+    made = collect.calibrate(
+        lm,
+        chosen,
+        read_documents(text) if text is not None else None,
+        passages=passages,
+        passage_length=passage_length,
+        seed=seed,
+        progress=not quiet,
+    )
+    print(made.save(output))
+
+
+@evaluate_app.command("perplexity")
+def evaluate_perplexity(
+    text: Annotated[Path, typer.Option(help="UTF-8 text to score.")],
+    model: Model = "smollm2-135m-instruct",
+    method: Method = "vecinfer",
+    bits: Bits = None,
+    key: Key = None,
+    value: Value = None,
+    residual: Residual = None,
+    sink: Sink = None,
+    transform: Transform = None,
+    scope: Scope = None,
+    calibration: CalibrationDir = None,
+    dtype: Dtype = None,
+    length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
+    windows: Annotated[int | None, typer.Option(help="Windows from the start; default: all.")] = None,
+    prefill: Annotated[str, typer.Option(help="coded: read what decoding reads; exact: as generation does.")] = "coded",
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Perplexity, KL and top-1 agreement with full precision."""
+    from vecinfer_jax import evaluation
+
+    chosen = make_method(
+        method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
+    )
+    content = _read_text(text)
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet)
+    result = evaluation.perplexity(
+        lm,
+        chosen,
+        fitted,
+        content,
+        length=length,
+        windows=windows,
+        prefill=prefill,
+        progress=not quiet,
+    )
+    if json_out is None or str(json_out) != "-":
+        print(f"perplexity        {result.perplexity:.4f}")
+        print(f"full precision    {result.full_perplexity:.4f}")
+        print(f"KL (nats)         {result.kl:.5f}")
+        print(f"top-1 agreement   {result.top1_agreement:.4f}")
+        print(f"bits per element  {result.bits_per_element:g}")
+    if json_out is not None:
+        _write_json(json_out, {"model": lm.name, "method": repr(chosen), **dataclasses.asdict(result)})
+
+
+@app.command()
+def fetch(
+    name: Annotated[str | None, typer.Argument(help="What to fetch; without it, what there is.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Fetch again.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Fetch a model or text by name, check it, and keep it in the user's cache."""
+    from vecinfer_jax import assets
+
+    if name is None:
+        for known in assets.available():
+            print(known)
+        return
+    print(assets.fetch(name, progress=not quiet, force=force))
+
+
+@app.command()
+def convert(
+    output: Annotated[Path, typer.Option(help="Directory for the Orbax checkpoint.")],
+    model: Model = "smollm2-135m-instruct",
+    dtype: Dtype = None,
+    quiet: Quiet = False,
+) -> None:
+    """Save a model as an Orbax checkpoint that loads without its source."""
+    from vecinfer_jax import models
+
+    lm = models.load(model, dtype, progress=not quiet)
+    print(lm.save(output))
+
+
+@app.command()
+def demo(
+    bits: Annotated[float, typer.Option(help="Of the VecInfer cache.")] = 2,
+    max_new_tokens: Annotated[int, typer.Option(help="New tokens.")] = 96,
+) -> None:
+    """A real model answers from a full-precision cache and from a compressed one."""
+    from vecinfer_jax.demo import run
+
+    run(make_method("vecinfer", bits=bits), max_new_tokens)
+
+
+def read_documents(path: Path) -> Any:
+    """Documents of a text file, streamed: blocks of lines between blank ones."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            block: list[str] = []
+            for line in file:
+                if line.strip():
+                    block.append(line.rstrip("\n"))
+                elif block:
+                    yield "\n".join(block)
+                    block = []
+            if block:
+                yield "\n".join(block)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _load(model: str, dtype: str | None, method: Any, directory: Path | None, quiet: bool) -> tuple[Any, Any]:
+    """The model, and the given calibration checked against it."""
+    from vecinfer_jax import models
+    from vecinfer_jax.calibration.store import load_calibration
+
+    lm = models.load(model, dtype, progress=not quiet)
+    return lm, None if directory is None else load_calibration(directory, lm, method)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    text = json.dumps(content, indent=1, ensure_ascii=False)
+    if str(path) == "-":
+        print(text)
+        return
+    try:
+        path.write_text(text + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error}") from None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point: runs the command line, turns errors into one line, returns the exit status."""
+    arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    try:
+        status = app(args=arguments, prog_name="vecinfer", standalone_mode=False)
+    except typer.Exit as stop:
+        return stop.exit_code
+    except (typer.Abort, KeyboardInterrupt):
+        print("vecinfer: interrupted", file=sys.stderr)
+        return 130
+    except _UsageError as error:
+        print(f"vecinfer: {error.format_message()} (see vecinfer --help)", file=sys.stderr)
+        return 2
+    except VecInferError as error:
+        print(f"vecinfer: {error}", file=sys.stderr)
+        return 1
+    return int(status or 0)
+
+
+def entry() -> None:
+    """For `[project.scripts]`."""
+    sys.exit(main())

@@ -1,0 +1,241 @@
+"""The two compiled programs of generation: one prefill, one decode loop.
+
+Prompt lengths are rounded up to buckets and everything else that varies (lengths, sampling, stop tokens, how many
+steps to run) is data, so within a bucket nothing recompiles. Caches are donated from call to call.
+"""
+
+import functools
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from jaxtyping import Array, Bool, Float32, Int
+
+from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.errors import CapacityError, InputError
+from vecinfer_jax.generation.sampling import SamplingSettings, sample
+from vecinfer_jax.models.decoder import Decoder
+
+CAPACITY_STEP = 128
+SMALLEST_BUCKET = 32
+
+
+@struct.dataclass
+class DecodeState:
+    """What goes round the decode loop.
+
+    caches:     one pytree a layer.
+    token:      int32[B], the token to be fed next; position: int32[B], where it goes.
+    step:       int32, tokens chosen so far; row `step` of `tokens` is written next.
+    done:       bool[B], sequences that have produced a stop token (or were never wanted).
+    tokens:     int32[B, N], logprobs: float32[B, N]; -1 and 0 beyond a sequence's end.
+    keys:       one random key a sequence.
+    """
+
+    caches: Any
+    token: Int[Array, "B"]
+    position: Int[Array, "B"]
+    step: Int[Array, ""]
+    done: Bool[Array, "B"]
+    tokens: Int[Array, "B N"]
+    logprobs: Float32[Array, "B N"]
+    keys: jax.Array
+
+
+def bucket(length: int) -> int:
+    """The padded length of a prompt: powers of two and one and a half times them."""
+    size = SMALLEST_BUCKET
+    while size < length:
+        if size * 3 // 2 >= length:
+            return size * 3 // 2
+        size *= 2
+    return size
+
+
+def round_up(value: int, step: int) -> int:
+    return -(-value // step) * step
+
+
+def check_capacity(longest_prompt: int, new_tokens: int, capacity: int | None, max_position: int) -> int:
+    """The capacity to allocate; raises `CapacityError` where the tokens cannot fit."""
+    if new_tokens < 1:
+        raise InputError(f"max_new_tokens={new_tokens} must be 1 or more")
+    needed = longest_prompt + new_tokens
+    if needed > max_position:
+        raise CapacityError(
+            f"a prompt of {longest_prompt} tokens and {new_tokens} new ones exceed the model's context of "
+            f"{max_position}: shorten the prompt or lower max_new_tokens"
+        )
+    if capacity is None:
+        return round_up(bucket(longest_prompt) + new_tokens, CAPACITY_STEP)
+    if needed > capacity:
+        raise CapacityError(
+            f"a prompt of {longest_prompt} tokens and {new_tokens} new ones need a capacity of {needed}, "
+            f"got {capacity}: raise capacity or shorten the prompt"
+        )
+    return capacity
+
+
+class Engine:
+    """Compiled programs of one model and method, kept by shape. Compilation is timed apart from running."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.decoder = decoder
+        self._programs: dict[Any, Any] = {}
+        self.compile_seconds = 0.0
+
+    @property
+    def method(self) -> CacheMethod:
+        return self.decoder.method
+
+    def init_caches(self, calibration: Any, batch: int, capacity: int) -> Any:
+        """Empty caches of every layer."""
+        init = functools.partial(_init_caches, self.decoder, batch, capacity)
+        return self._call(("init", batch, capacity), init, (), calibration)
+
+    def prefill(
+        self, params: Any, caches: Any, tokens: np.ndarray, lengths: np.ndarray, chunk: int | None = None
+    ) -> tuple[Float32[Array, "B V"], Any]:
+        """Runs padded prompts [B, T] into empty caches -> logits of each row's last token, and the caches.
+
+        `chunk` bounds how many tokens are run at a time; later chunks read what earlier ones left in the cache.
+        """
+        total = tokens.shape[1]
+        size = min(chunk or total, total)
+        logits = None
+        for start in range(0, total, size):
+            piece = tokens[:, start : start + size]
+            here = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
+            run = functools.partial(_prefill, self.decoder, start == 0)
+            new, caches = self._call(("prefill", start == 0), run, (1,), params, caches, piece, np.int32(start), here)
+            ends_here = jnp.asarray((lengths > start) & (lengths <= start + piece.shape[1]))
+            logits = new if logits is None else jnp.where(ends_here[:, None], new, logits)
+        assert logits is not None
+        return logits, caches
+
+    def start(
+        self,
+        logits: Float32[Array, "B V"],
+        caches: Any,
+        lengths: np.ndarray,
+        keys: jax.Array,
+        wanted: np.ndarray,
+        max_new_tokens: int,
+        settings: SamplingSettings,
+        stops: Int[Array, "n"],
+    ) -> DecodeState:
+        """Chooses the first token after the prompts."""
+        run = functools.partial(_start, max_new_tokens)
+        return self._call(
+            ("start", max_new_tokens),
+            run,
+            (1,),
+            logits,
+            caches,
+            lengths.astype(np.int32),
+            keys,
+            wanted,
+            settings,
+            stops,
+        )
+
+    def decode(
+        self, params: Any, state: DecodeState, until: int, settings: SamplingSettings, stops: Int[Array, "n"]
+    ) -> DecodeState:
+        """Runs until `until` tokens are chosen or every sequence is done."""
+        run = functools.partial(_decode_loop, self.decoder)
+        return self._call("decode", run, (1,), params, state, np.int32(until), settings, stops)
+
+    def step_logits(self, params: Any, caches: Any, token: Any, position: Any) -> tuple[Float32[Array, "B V"], Any]:
+        """One step with given tokens (teacher forcing): logits [B, V] and the caches."""
+        run = functools.partial(_step, self.decoder)
+        return self._call("step", run, (1,), params, caches, token, position)
+
+    def _call(self, name: Any, function: Callable[..., Any], donate: tuple[int, ...], *args: Any) -> Any:
+        leaves, tree = jax.tree.flatten(args)
+        signature = (name, tree, tuple((np.shape(x), jnp.result_type(x)) for x in leaves))
+        program = self._programs.get(signature)
+        if program is None:
+            begin = time.perf_counter()
+            program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            self.compile_seconds += time.perf_counter() - begin
+            self._programs[signature] = program
+        return program(*args)
+
+
+@functools.lru_cache(maxsize=8)
+def engine_for(decoder: Decoder) -> Engine:
+    """Engines are kept, so that a second call with the same model and method compiles nothing."""
+    return Engine(decoder)
+
+
+def _init_caches(decoder: Decoder, batch: int, capacity: int, calibration: Any) -> Any:
+    n = decoder.config.num_layers
+    return tuple(
+        decoder.method.for_layer(i, n).init(decoder.layer_shape(i), batch, capacity, calibration[i] or None)
+        for i in range(n)
+    )
+
+
+def _prefill(decoder: Decoder, first: bool, params: Any, caches: Any, tokens: Any, start: Any, lengths: Any) -> Any:
+    positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
+    # A row whose prompt ended in an earlier chunk has length 0 here; its logits are not used.
+    return decoder.apply({"params": params}, tokens, positions, caches, lengths=lengths, first=first, logits="last")
+
+
+def _choose(logits: Any, state_keys: Any, step: Any, settings: SamplingSettings, stops: Any) -> tuple[Any, Any, Any]:
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state_keys, step)
+    token, logprob = sample(logits, keys, settings)
+    return token, logprob, jnp.any(token[:, None] == stops[None, :], axis=-1)
+
+
+def _start(
+    max_new_tokens: int, logits: Any, caches: Any, lengths: Any, keys: Any, wanted: Any, settings: Any, stops: Any
+) -> DecodeState:
+    token, logprob, stopped = _choose(logits, keys, 0, settings, stops)
+    batch = token.shape[0]
+    return DecodeState(
+        caches=caches,
+        token=token,
+        position=lengths,
+        step=jnp.int32(1),
+        done=stopped | ~wanted,
+        tokens=jnp.full((batch, max_new_tokens), -1, jnp.int32).at[:, 0].set(jnp.where(wanted, token, -1)),
+        logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32).at[:, 0].set(jnp.where(wanted, logprob, 0.0)),
+        keys=keys,
+    )
+
+
+def _step(decoder: Decoder, params: Any, caches: Any, token: Any, position: Any) -> Any:
+    logits, caches = decoder.apply({"params": params}, token[:, None], position[:, None], caches, decode=True)
+    return logits[:, 0], caches
+
+
+def _decode_loop(
+    decoder: Decoder, params: Any, state: DecodeState, until: Any, settings: SamplingSettings, stops: Any
+) -> DecodeState:
+    def running(state: DecodeState) -> Any:
+        return (state.step < until) & ~jnp.all(state.done)
+
+    def body(state: DecodeState) -> DecodeState:
+        logits, caches = _step(decoder, params, state.caches, state.token, state.position)
+        token, logprob, stopped = _choose(logits, state.keys, state.step, settings, stops)
+        # A finished sequence goes on feeding its last token at its last position: it stays within capacity.
+        token = jnp.where(state.done, state.token, token)
+        write = functools.partial(jax.lax.dynamic_update_slice_in_dim, start_index=state.step, axis=1)
+        return DecodeState(
+            caches=caches,
+            token=token,
+            position=jnp.where(state.done, state.position, state.position + 1),
+            step=state.step + 1,
+            done=state.done | stopped,
+            tokens=write(state.tokens, jnp.where(state.done, -1, token)[:, None]),
+            logprobs=write(state.logprobs, jnp.where(state.done, 0.0, logprob)[:, None]),
+            keys=state.keys,
+        )
+
+    return jax.lax.while_loop(running, body, state)

@@ -1,0 +1,156 @@
+"""A batch job from JSONL to JSONL that goes on where it stopped."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.calibration.artefact import Calibration
+from vecinfer_jax.calibration.store import resolve_calibration
+from vecinfer_jax.errors import InputError, VecInferError
+from vecinfer_jax.generation.engine import check_capacity
+from vecinfer_jax.generation.generate import encode_prompt, generate
+from vecinfer_jax.generation.sampling import Sampling
+from vecinfer_jax.models import LanguageModel
+
+
+def run_job(
+    lm: LanguageModel,
+    source: str | os.PathLike[str],
+    destination: str | os.PathLike[str],
+    *,
+    method: CacheMethod,
+    calibration: Calibration | None = None,
+    batch_size: int = 8,
+    max_new_tokens: int = 128,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    stop: Sequence[str] = (),
+    logprobs: bool = False,
+    progress: bool = True,
+) -> int:
+    """Generates for every line of `source` that `destination` has no answer to; returns how many it did.
+
+    A line of the source is {"prompt": text}, {"messages": [...]} or {"tokens": [...]}, with any "id" copied to the
+    answer. A line of the destination is {"index", "id", "text", "tokens", "finish_reason", "run"} and, if asked
+    for, "logprobs". `index` is the line of the source, and decides with `seed` what is random, so an interrupted
+    job ends with the answers of an uninterrupted one. `run` is a digest of prompt and settings: an answer made
+    with others is never taken for one of this job.
+
+    Raises:
+        InputError: a bad line (by number; nothing is generated then), or answers of another job in `destination`.
+    """
+    sampling = sampling or Sampling()
+    if batch_size < 1:
+        raise InputError(f"batch_size={batch_size} must be 1 or more")
+    settings = {
+        "model": lm.fingerprint,
+        "method": repr(method),
+        "max_new_tokens": max_new_tokens,
+        "sampling": repr(sampling),
+        "seed": seed,
+        "stop": list(stop),
+    }
+    records = _read_prompts(lm, Path(source), max_new_tokens)
+    digests = [_digest(settings, ids) for _, ids in records]
+    done = _read_answers(Path(destination), digests)
+    todo = [index for index in range(len(records)) if index not in done]
+    if not todo:
+        return 0
+    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    with (
+        open(destination, "a", encoding="utf-8") as out,
+        tqdm(total=len(records), initial=len(done), desc="prompts", disable=not progress) as bar,
+    ):
+        for at in range(0, len(todo), batch_size):
+            indices = todo[at : at + batch_size]
+            result = generate(
+                lm,
+                [records[i][1] for i in indices],
+                method=method,
+                calibration=calibration,
+                max_new_tokens=max_new_tokens,
+                sampling=sampling,
+                seed=seed,
+                seeds=indices,
+                stop=stop,
+                batch_size=batch_size,
+                progress=progress,
+            )
+            for row, index in enumerate(indices):
+                answer = {
+                    "index": index,
+                    "id": records[index][0],
+                    "text": result.texts[row],
+                    "tokens": result.tokens[row],
+                    "finish_reason": result.finish_reasons[row],
+                    "run": digests[index],
+                }
+                if logprobs:
+                    answer["logprobs"] = result.logprobs[row]
+                out.write(json.dumps(answer, ensure_ascii=False) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+            bar.update(len(indices))
+    return len(todo)
+
+
+def _read_prompts(lm: LanguageModel, path: Path, max_new_tokens: int) -> list[tuple[Any, list[int]]]:
+    """(id, token ids) of every line; all are checked before anything runs."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    records: list[tuple[Any, list[int]]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise InputError(f"{path}, line {number} is empty: give one JSON object a line")
+        try:
+            record = json.loads(line)
+            if not isinstance(record, Mapping):
+                raise InputError("not a JSON object")
+            given = [key for key in ("prompt", "messages", "tokens") if key in record]
+            if len(given) != 1:
+                raise InputError('give exactly one of "prompt", "messages" and "tokens"')
+            ids = encode_prompt(lm, record[given[0]])
+            check_capacity(len(ids), max_new_tokens, None, lm.config.max_position)
+        except (ValueError, TypeError, VecInferError) as error:
+            raise InputError(f"{path}, line {number}: {error}") from None
+        records.append((record.get("id"), ids))
+    if not records:
+        raise InputError(f"{path} holds no prompts: give one JSON object a line")
+    return records
+
+
+def _read_answers(path: Path, digests: list[str]) -> set[int]:
+    """Indices already answered. A last line cut short by an interruption is removed."""
+    if not path.exists():
+        return set()
+    done: set[int] = set()
+    content = path.read_bytes()
+    whole = content[: content.rfind(b"\n") + 1]
+    for number, line in enumerate(whole.splitlines(), 1):
+        try:
+            answer = json.loads(line)
+            index, run = answer["index"], answer["run"]
+        except (ValueError, KeyError, TypeError):
+            raise InputError(f"{path}, line {number} is no answer of a job: choose another output") from None
+        if not (isinstance(index, int) and 0 <= index < len(digests)) or run != digests[index]:
+            raise InputError(
+                f"{path}, line {number} was made from other prompts, model or settings: choose another output"
+            )
+        done.add(index)
+    if len(whole) < len(content):
+        with open(path, "r+b") as file:
+            file.truncate(len(whole))
+    return done
+
+
+def _digest(settings: Mapping[str, Any], ids: list[int]) -> str:
+    text = json.dumps([settings, ids], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
