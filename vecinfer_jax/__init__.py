@@ -9,7 +9,7 @@ from vecinfer_jax import evaluation as evaluate
 from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.collect import calibrate
-from vecinfer_jax.calibration.store import load_calibration
+from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
 from vecinfer_jax.errors import VecInferError
 from vecinfer_jax.generation import Generation, Sampling, generate, stream
 from vecinfer_jax.models import LanguageModel, load
@@ -30,5 +30,6 @@ __all__ = [
     "generate",
     "load",
     "load_calibration",
+    "resolve_calibration",
     "stream",
 ]

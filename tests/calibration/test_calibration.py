@@ -36,7 +36,7 @@ def test_statistics_are_those_of_the_models_keys():
         positions = jnp.arange(len(row))[None]
         caches = tuple(FullPrecision().init(layer_shape(lm.config, i, lm.dtype), 1, 64) for i in range(3))
         _, caches = Decoder(lm.config, FullPrecision()).apply({"params": lm.params}, tokens, positions, caches)
-        peak = np.maximum(peak, [np.abs(np.asarray(c.keys)[0, :, : len(row)]).max(1) for c in caches])
+        peak = np.maximum(peak, [np.abs(np.asarray(c.keys)[0, : len(row)]).max(0) for c in caches])
     for layer in range(3):
         np.testing.assert_allclose(statistics[layer].key_abs_max, peak[layer], rtol=1e-5)
         assert int(statistics[layer].count) == 4 * 64

@@ -89,7 +89,8 @@ def test_gpus_try_the_kernels_first_and_other_devices_only_the_reference(monkeyp
 
 def test_a_machine_without_a_gpu_never_imports_the_triton_lowering():
     program = (
-        "import sys, jax.numpy as jnp, pallas_kernels as pk; pk.hadamard(jnp.ones((2, 64)),
-        implementation='xla');" "sys.exit('jax.experimental.pallas.triton' in sys.modules)"
+        "import sys, jax.numpy as jnp, pallas_kernels as pk;"
+        "pk.hadamard(jnp.ones((2, 64)), implementation='xla');"
+        "sys.exit('jax.experimental.pallas.triton' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-W", "error", "-c", program]).returncode == 0

@@ -27,8 +27,8 @@ def codes_of(case: cases.Encode, packed) -> np.ndarray:
 
 
 def excess(codes: np.ndarray, x, codebook, options: dict) -> np.ndarray:
-    """How far each chosen squared distance is above its bound, relative to the least one; at most 0 if
-    right.""" options = dict(options)
+    """How far each chosen squared distance is above its bound, relative to the least; at most 0 if right."""
+    options = dict(options)
     y = oracle.transform(oracle.rotate(x, *rope) if (rope := options.pop("rope", None)) else x, **options)
     distance = oracle.distances(y, codebook)
     least = distance.min(-1)

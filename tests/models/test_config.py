@@ -120,6 +120,8 @@ def test_what_is_not_active_is_accepted(data):
         ({**LLAMA, "hidden_act": "gelu"}, "'gelu'"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "awq"),
         ({**LLAMA, "num_key_value_heads": 5}, "multiple of 5"),
+        ({**LLAMA, "num_attention_heads": 0}, "num_attention_heads is 0"),
+        ({**LLAMA, "hidden_size": "4096"}, "hidden_size is '4096'"),
         ({**LLAMA, "head_dim": 127}, "127"),
         (
             {key: LLAMA[key] for key in ("model_type", "hidden_size")},
@@ -161,12 +163,15 @@ GGUF_LLAMA = {
 
 
 def write_header(path, arch, fields, tensors=()):
-    """A GGUF file of metadata, an embedding [128, 48] and `tensors`."""
+    """A GGUF file of metadata, an embedding [128, 48], one norm a layer and `tensors`."""
     writer = gguf.GGUFWriter(path, arch)
     for key, value in fields.items():
         add = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}[type(value)]
         add(f"{arch}.{key}", value)
-    for name, values in (("token_embd.weight", np.zeros((128, 48), np.float32)), *tensors):
+    writer.add_tensor("token_embd.weight", np.zeros((128, 48), np.float32))
+    for i in range(GGUF_LLAMA["block_count"]):
+        writer.add_tensor(f"blk.{i}.attn_norm.weight", np.ones(48, np.float32))
+    for name, values in tensors:
         writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -199,6 +204,8 @@ def test_gguf_metadata(tmp_path):
         ("llama", {"rope.scaling.type": "linear"}, "'linear'"),
         ("llama", {"rope.scale_linear": 2.0}, "llama.rope.scale_linear"),
         ("llama", {"expert_count": 8}, "llama.expert_count 8"),
+        ("llama", {"block_count": 1 << 31}, "tensors for 2147483648 layers"),
+        ("llama", {"attention.head_count": 0}, "llama.attention.head_count is 0"),
         ("llama", {"rope.dimension_count": 4}, "llama.rope.dimension_count 4"),
         ("llama", {"attention.value_length": 4}, "llama.attention.value_length 4"),
         ("llama", {"block_count": None, "context_length": None}, "llama.block_count, llama.context_length"),

@@ -78,6 +78,11 @@ def partial_attention(
     return out, lse.reshape(q.shape[:2])
 
 
+def cudnn_serves(q: Float[Array, "*batch D"]) -> bool:
+    """Whether cuDNN's flash attention runs on this device for queries like these."""
+    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
+
+
 def causal_attention(
     q: Float[Array, "B T Hq D"],
     k: Float[Array, "B T Hkv D"],
@@ -86,8 +91,7 @@ def causal_attention(
     scale: float,
 ) -> Float[Array, "B T Hq D"]:
     """Exact attention of a prompt over itself; rows at and beyond `lengths` are padding (finite, meaningless)."""
-    on_gpu = jax.default_backend() == "gpu"
-    if on_gpu and q.dtype in (jnp.bfloat16, jnp.float16):
+    if cudnn_serves(q):
         return jax.nn.dot_product_attention(
             q,
             k,

@@ -3,6 +3,7 @@
 import dataclasses
 from typing import ClassVar
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -10,21 +11,21 @@ from jaxtyping import Array, Float, Int
 from vecinfer_jax.caches.attention import (
     Tokens,
     causal_attention,
+    cudnn_serves,
     mixed_attention,
     no_tokens,
     partial_attention,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
-from vecinfer_jax.caches.rows import write_chunk, write_token
 from vecinfer_jax.rope import apply_rope
 
 
 @struct.dataclass
 class FullPrecisionCache:
-    """keys, values: [B, Hkv, capacity, D]; lengths: int32[B], tokens held."""
+    """keys, values: [B, capacity, Hkv, D], as projections give them and cuDNN reads them; lengths: int32[B]."""
 
-    keys: Float[Array, "B Hkv S D"] = array_field("codes")
-    values: Float[Array, "B Hkv S D"] = array_field("codes")
+    keys: Float[Array, "B S Hkv D"] = array_field("codes")
+    values: Float[Array, "B S Hkv D"] = array_field("codes")
     lengths: Int[Array, "B"] = array_field("state")
 
 
@@ -37,7 +38,7 @@ class FullPrecision(CacheMethod):
     def init(
         self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None
     ) -> FullPrecisionCache:
-        shape = (batch, layer.num_kv_heads, capacity, layer.head_dim)
+        shape = (batch, capacity, layer.num_kv_heads, layer.head_dim)
         return FullPrecisionCache(
             jnp.zeros(shape, layer.dtype), jnp.zeros(shape, layer.dtype), jnp.zeros((batch,), jnp.int32)
         )
@@ -54,16 +55,17 @@ class FullPrecision(CacheMethod):
         offset = jnp.arange(k.shape[1])[None, :]
         slot = jnp.where(offset < chunk.lengths[:, None], cache.lengths[:, None] + offset, -1)
         cache = FullPrecisionCache(
-            write_chunk(cache.keys, k, slot),
-            write_chunk(cache.values, v, slot),
+            _write(cache.keys, k, slot),
+            _write(cache.values, v, slot),
             cache.lengths + chunk.lengths,
         )
         scale = chunk.layer.scale
         if chunk.first:
             return causal_attention(q, k, v, chunk.lengths, scale), cache
-        slots = jnp.arange(cache.keys.shape[2])[None, :]
-        held = Tokens(cache.keys, cache.values, jnp.where(slots < cache.lengths[:, None], slots, -1))
-        nothing = no_tokens(cache.keys)
+        slots = jnp.arange(cache.keys.shape[1])[None, :]
+        slots = jnp.where(slots < cache.lengths[:, None], slots, -1)
+        held = Tokens(cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2), slots)
+        nothing = no_tokens(held.keys)
         boundary = jnp.zeros_like(chunk.positions)
         out = mixed_attention(q, chunk.positions, boundary, held, nothing, sink=0, scale=scale)
         return out, cache
@@ -79,23 +81,42 @@ class FullPrecision(CacheMethod):
         cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         at = chunk.positions[:, 0]
-        keys, values = write_token(cache.keys, k, at), write_token(cache.values, v, at)
-        lengths = at + 1
-        out = _decode_attention(q, keys, values, lengths, chunk.layer.scale)
-        return out, FullPrecisionCache(keys, values, lengths)
+        keys = _write(cache.keys, k[:, None], at[:, None])
+        values = _write(cache.values, v[:, None], at[:, None])
+        out = _decode_attention(q, keys, values, at + 1, chunk.layer.scale)
+        return out, FullPrecisionCache(keys, values, at + 1)
 
     def bits_per_element(self, layer: LayerShape) -> float:
         return 8.0 * jnp.dtype(layer.dtype).itemsize
 
 
+def _write(
+    buffer: Float[Array, "B S Hkv D"], tokens: Float[Array, "B T Hkv D"], slots: Int[Array, "B T"]
+) -> Float[Array, "B S Hkv D"]:
+    """Puts tokens[b, t] into slots[b, t]; slots outside the buffer (-1, say) are dropped."""
+    slots = jnp.where(slots < 0, buffer.shape[1], slots)
+    rows = jnp.arange(buffer.shape[0])[:, None]
+    return buffer.at[rows, slots].set(tokens.astype(buffer.dtype), mode="drop")
+
+
 def _decode_attention(
     q: Float[Array, "B Hq D"],
-    keys: Float[Array, "B Hkv S D"],
-    values: Float[Array, "B Hkv S D"],
+    keys: Float[Array, "B S Hkv D"],
+    values: Float[Array, "B S Hkv D"],
     lengths: Int[Array, "B"],
     scale: float,
 ) -> Float[Array, "B Hq D"]:
     """One token a sequence over the first `lengths` slots."""
-    valid = jnp.arange(keys.shape[2])[None, :] < lengths[:, None]
-    out, _ = partial_attention(q, keys, values, valid, scale)
+    if cudnn_serves(q):
+        out = jax.nn.dot_product_attention(
+            q[:, None],
+            keys,
+            values,
+            scale=scale,
+            key_value_seq_lengths=lengths.astype(jnp.int32),
+            implementation="cudnn",
+        )
+        return out[:, 0]
+    valid = jnp.arange(keys.shape[1])[None, :] < lengths[:, None]
+    out, _ = partial_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), valid, scale)
     return out.astype(q.dtype)

@@ -27,7 +27,7 @@ def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMeth
 
 
 def resolve_calibration(
-    lm: LanguageModel, method: CacheMethod, calibration: Calibration | None, *, progress: bool = True
+    lm: LanguageModel, method: CacheMethod, calibration: Calibration | None = None, *, progress: bool = True
 ) -> Calibration:
     """The calibration to use: the given one (checked), a shipped or kept one, or one made now and kept."""
     if not method.needs_calibration:

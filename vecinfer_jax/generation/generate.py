@@ -157,7 +157,7 @@ def generate(
                 mask = np.zeros(run.state.done.shape, bool)
                 mask[found] = True
                 run.state = dataclasses.replace(run.state, done=run.state.done | mask)
-                done[found] = True
+                done = done | mask[: len(done)]
         if done.all() or step >= max_new_tokens:
             break
         run.advance(min(step + STOP_CHECK, max_new_tokens) if stop else max_new_tokens)

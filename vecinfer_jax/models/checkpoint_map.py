@@ -7,6 +7,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float
 
 from vecinfer_jax.models.config import ModelConfig
 from vecinfer_jax.models.decoder import param_shapes
@@ -83,13 +84,13 @@ class Weight:
             return (math.prod(self.shape[split:]), math.prod(self.shape[:split]))
         return self.shape if self.row.path == "embed" else (math.prod(self.shape),)
 
-    def arrange(self, stored: np.ndarray) -> np.ndarray:
+    def arrange(self, stored: Float[np.ndarray, "*stored"]) -> Float[np.ndarray, "*shape"]:
         """`stored`, of `stored_shape`, as our tree wants it (a view)."""
         if self.row.layout == "transposed":
             stored = stored.T
         return stored.reshape(self.shape)
 
-    def store(self, ours: np.ndarray) -> np.ndarray:
+    def store(self, ours: Float[np.ndarray, "*shape"]) -> Float[np.ndarray, "*stored"]:
         """Undoes `arrange`."""
         if self.row.layout == "transposed":
             return ours.reshape(self.stored_shape[::-1]).T
@@ -105,8 +106,8 @@ def weights_of(config: ModelConfig) -> tuple[Weight, ...]:
         for i in layers:
             path = row.path.replace("{i}", str(i))
             if path in shapes:
-                names = (name.replace("{i}", str(i)) for name in (row.hf, row.gguf))
-                found.append(Weight(row, path, *names, shape=tuple(shapes[path].shape)))
+                hf, gguf = row.hf.replace("{i}", str(i)), row.gguf.replace("{i}", str(i))
+                found.append(Weight(row, path, hf, gguf, tuple(shapes[path].shape)))
     unnamed = shapes.keys() - {weight.path for weight in found}
     assert not unnamed, f"parameters without a row in the table: {sorted(unnamed)}"
     return tuple(found)

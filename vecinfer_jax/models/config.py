@@ -108,14 +108,15 @@ def config_from_hf(data: Mapping[str, Any]) -> ModelConfig:
     kv_heads = data.get("num_key_value_heads")
     if kv_heads is None and family == "llama":
         kv_heads = data.get("num_attention_heads")
-    required = {
+    sizes = {
         **{key: data.get(key) for key in ("vocab_size", "hidden_size", "intermediate_size")},
-        **{key: data.get(key) for key in ("num_hidden_layers", "num_attention_heads", "rms_norm_eps")},
+        **{key: data.get(key) for key in ("num_hidden_layers", "num_attention_heads")},
         "num_key_value_heads": kv_heads,
         "max_position_embeddings": max_position,
-        "rope_theta": theta,
     }
-    _require(required, "config.json")
+    _require({**sizes, "rms_norm_eps": data.get("rms_norm_eps"), "rope_theta": theta}, "config.json")
+    _require_sizes(sizes, "config.json")
+    assert kv_heads is not None and max_position is not None and theta is not None
     _refuse_hf(data, rope, {**defaults, **data}, family)
     heads = int(data["num_attention_heads"])
     head_dim = data.get("head_dim") or defaults.get("head_dim") or int(data["hidden_size"]) // heads
@@ -165,7 +166,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     def get(key: str, default: Any = None) -> Any:
         return meta.get(f"{arch}.{key}", default)
 
-    required = {
+    sizes = {
         f"{arch}.{key}": get(key)
         for key in (
             "block_count",
@@ -173,18 +174,16 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
             "embedding_length",
             "feed_forward_length",
             "attention.head_count",
-            "attention.layer_norm_rms_epsilon",
         )
     }
-    embedding = file.tensors.get("token_embd.weight")
-    required["token_embd.weight"] = None if embedding is None else embedding.shape
-    _require(required, str(file.path))
-    assert embedding is not None
-    heads, context = get("attention.head_count"), get("context_length")
+    heads, context, layers = get("attention.head_count"), get("context_length"), get("block_count")
     kv_heads = get("attention.head_count_kv", heads)
-    for key, value in (("attention.head_count", heads), ("attention.head_count_kv", kv_heads)):
-        if not isinstance(value, int):
-            raise UnsupportedModelError(f"{arch}.{key} differs between layers, which is not supported")
+    epsilon = f"{arch}.attention.layer_norm_rms_epsilon"
+    embedding = file.tensors.get("token_embd.weight")
+    _require({**sizes, epsilon: meta.get(epsilon), "token_embd.weight": embedding}, str(file.path))
+    _require_sizes({**sizes, f"{arch}.attention.head_count_kv": kv_heads}, str(file.path))
+    if embedding is None or layers > len(file.tensors):
+        raise UnsupportedModelError(f"{file.path} has {len(file.tensors)} tensors for {layers} layers")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
     _refuse_gguf(get, arch, head_dim)
     biased = "blk.0.attn_q.bias" in file
@@ -196,7 +195,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
             vocab_size=embedding.shape[0],
             hidden_size=get("embedding_length"),
             intermediate_size=get("feed_forward_length"),
-            num_layers=get("block_count"),
+            num_layers=layers,
             num_query_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -206,7 +205,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
                 factors=None if factors is None else tuple(float(f) for f in factors),
                 max_position=max(context, MIN_ROPE_POSITIONS),
             ),
-            rms_norm_eps=_shortest(get("attention.layer_norm_rms_epsilon")),
+            rms_norm_eps=_shortest(meta[epsilon]),
             max_position=context,
             tie_embeddings="output.weight" not in file,
             qkv_bias=arch == "qwen2" or biased,
@@ -228,6 +227,12 @@ def _require(entries: Mapping[str, Any], where: str) -> None:
     missing = sorted(key for key, value in entries.items() if value is None)
     if missing:
         raise UnsupportedModelError(f"{where} lacks {', '.join(missing)}")
+
+
+def _require_sizes(entries: Mapping[str, Any], where: str) -> None:
+    for key, value in entries.items():
+        if not isinstance(value, int) or value < 1:
+            raise UnsupportedModelError(f"{where}: {key} is {value!r}, not one positive number")
 
 
 def _checked(config: ModelConfig) -> ModelConfig:

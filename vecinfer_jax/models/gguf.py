@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 
 from vecinfer_jax.models.checkpoint_map import Weight
 from vecinfer_jax.models.config import ModelConfig
@@ -30,7 +31,7 @@ class GgufWeights:
     def is_harmless(self, name: str) -> bool:
         return _HARMLESS.fullmatch(name) is not None
 
-    def read(self, weight: Weight) -> np.ndarray:
+    def read(self, weight: Weight) -> Float[np.ndarray, "*stored"]:
         stored = self._file.read(weight.gguf)
         # llama.cpp rotates neighbouring channels for "llama" and half-split ones for the Qwens.
         if weight.row.heads and self._config.model_type == "llama":
@@ -38,13 +39,7 @@ class GgufWeights:
         return stored
 
 
-def deinterleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows [heads * D, ...] with rotary pairs at (2j, 2j + 1) -> pairs at (j, j + D/2)."""
+def deinterleave(rows: Float[np.ndarray, "rows *rest"], head_dim: int) -> Float[np.ndarray, "rows *rest"]:
+    """Rows of heads of `head_dim` channels, rotary pairs at (2j, 2j + 1) -> pairs at (j, j + D/2)."""
     pairs = rows.reshape(-1, head_dim // 2, 2, *rows.shape[1:])
     return pairs.swapaxes(1, 2).reshape(rows.shape)
-
-
-def interleave(rows: np.ndarray, head_dim: int) -> np.ndarray:
-    """Undoes `deinterleave`."""
-    halves = rows.reshape(-1, 2, head_dim // 2, *rows.shape[1:])
-    return halves.swapaxes(1, 2).reshape(rows.shape)

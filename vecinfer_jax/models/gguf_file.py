@@ -13,6 +13,7 @@ from typing import Any
 
 import gguf
 import numpy as np
+from jaxtyping import Float32
 
 from vecinfer_jax.errors import WeightsError
 
@@ -90,7 +91,7 @@ class GgufFile:
     def __contains__(self, tensor: str) -> bool:
         return tensor in self.tensors
 
-    def read(self, name: str) -> np.ndarray:
+    def read(self, name: str) -> Float32[np.ndarray, "*shape"]:
         """float32 values of a tensor, in its row-major shape."""
         tensor = self.tensors[name]
         raw = self._bytes[tensor.start : tensor.stop]
@@ -102,7 +103,8 @@ class GgufFile:
                 f"{self.path}: tensor {name!r} is {tensor.kind.name}, which the gguf package cannot "
                 "dequantise; use a file of another quantisation"
             ) from None
-        return np.asarray(values, np.float32).reshape(tensor.shape)
+        # A copy: float32 is not dequantised, and a view of the mapped file must not become a parameter.
+        return np.array(values, np.float32).reshape(tensor.shape)
 
 
 class _Cursor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import safetensors
+from jaxtyping import Float
 
 from vecinfer_jax.errors import UnsupportedModelError, WeightsError
 from vecinfer_jax.models.checkpoint_map import Weight
@@ -75,7 +76,7 @@ class HfWeights:
         # Old checkpoints carry rotary frequencies; a tied head may be written out beside the embedding.
         return name.endswith("rotary_emb.inv_freq") or (self._tied and name == "lm_head.weight")
 
-    def read(self, weight: Weight) -> np.ndarray:
+    def read(self, weight: Weight) -> Float[np.ndarray, "*stored"]:
         file = self._where[weight.hf]
         kind = file.get_slice(weight.hf).get_dtype()
         if kind not in _FLOATS:

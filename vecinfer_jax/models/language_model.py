@@ -26,6 +26,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
+_NOT_HUB_FILES = ["*/*", "consolidated*"]  # the same weights in other forms
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,7 +76,7 @@ def load(
     """
     dtype = resolve_dtype(dtype)
     name = str(name_or_path)
-    if name in assets.ASSETS:
+    if name in _model_assets():
         path = assets.fetch(name, progress=progress)
     else:
         path = Path(name).expanduser()
@@ -182,7 +183,9 @@ def _from_hub(repository: str) -> Path:
             "or download it yourself and name its directory"
         ) from None
     try:
-        return Path(huggingface_hub.snapshot_download(repository, allow_patterns=_HUB_FILES))
+        return Path(
+            huggingface_hub.snapshot_download(repository, allow_patterns=_HUB_FILES, ignore_patterns=_NOT_HUB_FILES)
+        )
     except Exception as error:  # many kinds: no network, no such repository, gated, disk full
         reason = " ".join(str(error).split())[:300]
         raise WeightsError(

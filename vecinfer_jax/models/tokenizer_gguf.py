@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import tokenizers
+from jaxtyping import Int
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from vecinfer_jax.errors import WeightsError
@@ -163,14 +164,16 @@ def _sentencepiece(file: GgufFile, meta: Mapping[str, Any], tokens: Sequence[str
     return backend
 
 
-def _types(meta: Mapping[str, Any], tokens: Sequence[str]) -> np.ndarray:
+def _types(meta: Mapping[str, Any], tokens: Sequence[str]) -> Int[np.ndarray, "tokens"]:
     return np.asarray(meta.get("token_type", np.full(len(tokens), _NORMAL)))
 
 
-def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: np.ndarray) -> None:
+def _add_tokens(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Int[np.ndarray, "tokens"]) -> None:
     """Tokens matched in the text before anything else: control tokens (special) and user-defined ones."""
     for kind, special in ((_UNKNOWN, True), (_CONTROL, True), (_USER_DEFINED, False)):
-        added = [AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(types == kind)]
+        added = [
+            AddedToken(tokens[i], special=special, normalized=False) for i in np.flatnonzero(types == kind).tolist()
+        ]
         (backend.add_special_tokens if special else backend.add_tokens)(added)
 
 

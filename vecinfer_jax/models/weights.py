@@ -8,10 +8,11 @@ final type, so that the host never holds more than one tensor in float32.
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
+from jaxtyping import Float
 from tqdm import tqdm
 
 from vecinfer_jax.errors import WeightsError
@@ -24,6 +25,7 @@ ShardingOf = Callable[[str], jax.sharding.Sharding | None]
 _SAMPLES = 512
 
 
+@runtime_checkable
 class WeightSource(Protocol):
     """The tensors of one checkpoint, under the names that checkpoint uses."""
 
@@ -38,7 +40,7 @@ class WeightSource(Protocol):
     def is_harmless(self, name: str) -> bool:
         """Whether a tensor the table does not know may be ignored."""
 
-    def read(self, weight: Weight) -> np.ndarray:
+    def read(self, weight: Weight) -> Float[np.ndarray, "*stored"]:
         """A weight in its `stored_shape`, rows in half-split rotary order, in the type it is stored in."""
 
 
@@ -99,7 +101,7 @@ class WeightDigest:
     def __init__(self) -> None:
         self._hash = hashlib.sha256()
 
-    def add(self, name: str, values: np.ndarray, path: Path) -> None:
+    def add(self, name: str, values: Float[np.ndarray, "*stored"], path: Path) -> None:
         """Raises `WeightsError` where a value is not finite; `path` is the file to name then."""
         flat = np.ascontiguousarray(values, np.float32).reshape(-1)
         if not np.isfinite(flat).all():
