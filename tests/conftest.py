@@ -11,6 +11,23 @@ if not any(Path("/dev").glob("nvidia[0-9]*")):
 
 import jax
 import pytest
+from jaxtyping import install_import_hook
+
+import tests.typecheck  # noqa: F401
+
+# Shapes and types of annotated signatures are checked while tests run: everywhere but in the modules that define
+# pytrees of arrays, whose fields hold whatever JAX's transformations put there.
+CHECKED = [
+    "pallas_kernels",
+    "vecinfer_jax.caches.attention",
+    "vecinfer_jax.caches.rows",
+    "vecinfer_jax.calibration.codebooks",
+    "vecinfer_jax.calibration.kmeans",
+    "vecinfer_jax.evaluation",
+    "vecinfer_jax.models.decoder",
+    "vecinfer_jax.rope",
+]
+install_import_hook(CHECKED, "tests.typecheck.check")
 
 from vecinfer_jax.errors import AssetError
 from vecinfer_jax.models import LanguageModel, load

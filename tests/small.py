@@ -1,12 +1,18 @@
 """A small random model and its calibration, shared by tests."""
 
+import dataclasses
 import functools
 
 import numpy as np
+import tokenizers
+import tokenizers.decoders
+import tokenizers.models
+import tokenizers.pre_tokenizers
 
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.collect import calibrate
 from vecinfer_jax.models import LanguageModel, ModelConfig, random_model
+from vecinfer_jax.models.tokenizer import Tokenizer
 from vecinfer_jax.rope import Rope
 
 CONFIG = ModelConfig(
@@ -26,22 +32,19 @@ CONFIG = ModelConfig(
 )
 
 
-class LetterTokenizer:
+def letter_tokenizer() -> Tokenizer:
     """One token a character (codes below 128): enough to test what needs text."""
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        return [ord(c) % 128 for c in text]
-
-    def decode(self, ids, skip_special_tokens: bool = True) -> str:
-        return "".join(chr(i) for i in ids)
+    vocabulary = {chr(i): i for i in range(CONFIG.vocab_size)}
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="\x00"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex(r"[\s\S]"), "isolated")
+    backend.decoder = tokenizers.decoders.Fuse()
+    return Tokenizer(backend)
 
 
 @functools.cache
 def model() -> LanguageModel:
     """Random weights; float32."""
-    import dataclasses
-
-    return dataclasses.replace(random_model(CONFIG, 0, "float32"), tokenizer=LetterTokenizer())
+    return dataclasses.replace(random_model(CONFIG, 0, "float32"), tokenizer=letter_tokenizer())
 
 
 @functools.cache

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import dispatch, packing
+from pallas_kernels.vq_encode import reference
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -23,7 +24,9 @@ def vq_encode(
     """Encode keys or values, as a projection gives them, into a cache's codes.
 
     1. With rope=(cos, sin): the half-split rotation (Hugging Face's rotate_half) in float32, rounded to
-       x.dtype, so that encoding a key before RoPE equals encoding the rotated key that attention reads.
+       x.dtype, so that encoding a key before RoPE equals encoding the rotated key that attention reads (if
+       that was rotated in the same arithmetic: a compiler may fuse a multiply-add, which moves one bfloat16
+       rounding in some 10^4).
     2. In float32: y = (x - mean) * scale, then y @ matrix, or y @ H with hadamard=True (H the normalised
        Walsh-Hadamard matrix).
     3. The index of the centroid nearest in L2 to each of the D/d sub-vectors, ties to the lowest index. The
@@ -44,6 +47,11 @@ def vq_encode(
         NotImplementedError: the named implementation does not serve this format.
     """
     _check(x, codebook, rope, mean, scale, matrix, hadamard)
+    if implementation is None and not interpret and x.shape[1] == 1:
+        # A decoded token: the kernel's walk over the centroids has nothing to overlap with, one fusion is faster.
+        batch, _, heads, dim = x.shape
+        if reference.is_direct(batch, heads, dim, codebook.shape):
+            implementation = "xla"
     return dispatch.call(
         "vq_encode", implementation, interpret, x, codebook,
         rope=rope, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
@@ -67,9 +75,9 @@ def _check(x, codebook, rope, mean, scale, matrix, hadamard) -> None:
     if hadamard and dim & (dim - 1):
         raise ValueError(f"vq_encode: hadamard=True needs a power-of-two head dimension, got x {x.shape}")
     if rope is not None:
-        want = (batch, tokens, dim // 2)
-        if dim % 2 or len(rope) != 2 or any(part.shape != want for part in rope):
-            raise ValueError(f"vq_encode: rope must be (cos, sin) of {want}, got {[p.shape for p in rope]}")
+        angles = (batch, tokens, dim // 2)
+        if dim % 2 or len(rope) != 2 or any(part.shape != angles for part in rope):
+            raise ValueError(f"vq_encode: rope must be (cos, sin) of {angles}, got {[p.shape for p in rope]}")
     for name, array, want in (
         ("mean", mean, (heads, dim)),
         ("scale", scale, (heads, dim)),

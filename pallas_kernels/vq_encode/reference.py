@@ -11,8 +11,8 @@ from pallas_kernels.hadamard import reference as hadamard_reference
 _CHUNK_SUBVECTORS = 2**17
 # Centroids per loop step.
 _UNROLL = 16
-# Distances that may exist at one time; up to here (one decoded token, say) no loop is needed.
-_DIRECT_DISTANCES = 2**20
+# Distances that may exist at one time; up to here (one decoded token, say) no loop over centroids is needed.
+_DIRECT_DISTANCES = 2**22
 
 
 def vq_encode(
@@ -61,6 +61,12 @@ def transform(
     return hadamard_reference.hadamard(y) if hadamard else y
 
 
+def is_direct(rows: int, heads: int, dim: int, codebook_shape: tuple[int, ...]) -> bool:
+    """Whether so few sub-vectors are encoded that all their distances are computed at once."""
+    _, entries, length = codebook_shape
+    return rows * heads * (dim // length) * entries <= _DIRECT_DISTANCES
+
+
 def nearest(y: Float[Array, "B S H D"], codebook: Float[Array, "Hc K d"]) -> Int[Array, "B S H M"]:
     """The index of the nearest centroid of every sub-vector, a bounded number of tokens at a time."""
     batch, tokens, heads, dim = y.shape
@@ -82,7 +88,7 @@ def _nearest(y: Float[Array, "N H M d"], codebook: Float[Array, "Hc K d"]) -> In
     """
     rows, heads, count, length = y.shape
     entries = codebook.shape[1]
-    if rows * heads * count * entries <= _DIRECT_DISTANCES:
+    if is_direct(rows, heads, count * length, codebook.shape):
         difference = y[:, :, :, None] - codebook[:, None]
         return jnp.argmin(jnp.sum(difference**2, axis=-1), axis=-1).astype(jnp.int32)
     step = min(entries, _UNROLL)

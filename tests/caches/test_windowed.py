@@ -1,6 +1,7 @@
 """Who reads what: bulk and token-by-token caches agree, at every window, sink, chunking and raggedness."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -41,14 +42,25 @@ def chunk_at(start, lengths, tokens, first, read="exact"):
     return Chunk(positions, jnp.asarray(lengths, jnp.int32), cos, sin, layer=LAYER, first=first, read=read)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def prefill(method, q, k, v, chunk, cache):
+    """Compiled: op by op, these tests would take minutes."""
+    return method.prefill(q, k, v, chunk, cache)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(method, q, k, v, chunk, cache):
+    return method.decode(q, k, v, chunk, cache)
+
+
 def decode_all(method, cache, q, k, v, start, count):
     """Feeds tokens start .. start + count - 1 of every row, one at a time."""
     outs = []
-    step = jax.jit(lambda q, k, v, chunk, cache: method.decode(q, k, v, chunk, cache))
     for i in range(count):
         at = np.asarray(start) + i
         rows = np.arange(q.shape[0])
-        out, cache = step(q[rows, at], k[rows, at], v[rows, at], chunk_at(at, np.ones_like(at), 1, False), cache)
+        chunk = chunk_at(at, np.ones_like(at), 1, False)
+        out, cache = decode(method, q[rows, at], k[rows, at], v[rows, at], chunk, cache)
         outs.append(out)
     return jnp.stack(outs, axis=1), cache
 
@@ -75,7 +87,7 @@ def test_encoding_in_bulk_and_token_by_token_is_the_same(residual, sink):
     q, k, v = random_qkv(3, 20)
     lengths = np.array([20, 7, 1])
     empty = method.init(LAYER, 3, 32, random_calibration(method))
-    _, bulk = method.prefill(q, k, v, chunk_at([0, 0, 0], lengths, 20, True), empty)
+    _, bulk = prefill(method, q, k, v, chunk_at([0, 0, 0], lengths, 20, True), empty)
     _, stepped = decode_all(method, empty, q, k, v, np.zeros(3, int), 20)
     # Rows that are shorter are compared at their own length: step them separately.
     for row, length in enumerate(lengths):
@@ -93,7 +105,7 @@ def test_decoding_equals_the_strict_evaluation(residual, sink):
     method = VecInfer(bits=4, residual=residual, sink=sink)
     q, k, v = random_qkv(2, 24)
     empty = method.init(LAYER, 2, 32, random_calibration(method))
-    scored, _ = method.prefill(q, k, v, chunk_at([0, 0], [24, 24], 24, True, "coded"), empty)
+    scored, _ = prefill(method, q, k, v, chunk_at([0, 0], [24, 24], 24, True, "coded"), empty)
     decoded, _ = decode_all(method, empty, q, k, v, np.zeros(2, int), 24)
     np.testing.assert_allclose(decoded, scored, atol=2e-5)
 
@@ -105,13 +117,13 @@ def test_a_prompt_in_chunks_leaves_the_cache_of_a_whole_one(residual, sink, read
     q, k, v = random_qkv(2, 24)
     lengths = np.array([24, 13])
     empty = method.init(LAYER, 2, 32, random_calibration(method))
-    whole_out, whole = method.prefill(q, k, v, chunk_at([0, 0], lengths, 24, True, read), empty)
+    whole_out, whole = prefill(method, q, k, v, chunk_at([0, 0], lengths, 24, True, read), empty)
     cache, outs = empty, []
     for start in range(0, 24, 8):
         here = np.clip(lengths - start, 0, 8)
         piece = slice(start, start + 8)
         chunk = chunk_at([start, start], here, 8, start == 0, read)
-        out, cache = method.prefill(q[:, piece], k[:, piece], v[:, piece], chunk, cache)
+        out, cache = prefill(method, q[:, piece], k[:, piece], v[:, piece], chunk, cache)
         outs.append(out)
     np.testing.assert_array_equal(cache.lengths, lengths)
     assert_same_cache(cache, whole, method, lengths)
@@ -126,7 +138,7 @@ def test_a_window_over_everything_is_full_precision():
     calibration = random_calibration(coded)
     for method in (coded, full):
         cache = method.init(LAYER, 2, 32, calibration)
-        _, cache = method.prefill(q[:, :8], k[:, :8], v[:, :8], chunk_at([0, 0], [8, 8], 8, True), cache)
+        _, cache = prefill(method, q[:, :8], k[:, :8], v[:, :8], chunk_at([0, 0], [8, 8], 8, True), cache)
         out, _ = decode_all(method, cache, q, k, v, np.array([8, 8]), 16)
         if method is coded:
             kept = out
@@ -137,12 +149,12 @@ def test_full_precision_in_chunks_equals_whole():
     method = FullPrecision()
     q, k, v = random_qkv(2, 24)
     lengths = np.array([24, 13])
-    whole, _ = method.prefill(q, k, v, chunk_at([0, 0], lengths, 24, True), method.init(LAYER, 2, 32))
+    whole, _ = prefill(method, q, k, v, chunk_at([0, 0], lengths, 24, True), method.init(LAYER, 2, 32))
     cache, outs = method.init(LAYER, 2, 32), []
     for start in range(0, 24, 8):
         chunk = chunk_at([start, start], np.clip(lengths - start, 0, 8), 8, start == 0)
         piece = slice(start, start + 8)
-        out, cache = method.prefill(q[:, piece], k[:, piece], v[:, piece], chunk, cache)
+        out, cache = prefill(method, q[:, piece], k[:, piece], v[:, piece], chunk, cache)
         outs.append(out)
     joined = jnp.concatenate(outs, axis=1)
     for row, n in enumerate(lengths):
@@ -174,7 +186,7 @@ def test_transforms_leave_scores_as_they_are(transform):
     del store
     cache = method.init(LAYER, 1, 32, calibration)
     out, _ = decode_all(method, cache, q, k, v, np.zeros(1, int), 12)
-    exact, _ = FullPrecision().prefill(q, k, v, chunk, FullPrecision().init(LAYER, 1, 32))
+    exact, _ = prefill(FullPrecision(), q, k, v, chunk, FullPrecision().init(LAYER, 1, 32))
     np.testing.assert_allclose(out, exact, atol=1e-5)
 
 
@@ -202,7 +214,7 @@ def test_shared_codebooks_serve_every_head():
     method = VecInfer(bits=2, scope="layer", residual=4)
     q, k, v = random_qkv(2, 16)
     empty = method.init(LAYER, 2, 16, random_calibration(method))
-    scored, _ = method.prefill(q, k, v, chunk_at([0, 0], [16, 16], 16, True, "coded"), empty)
+    scored, _ = prefill(method, q, k, v, chunk_at([0, 0], [16, 16], 16, True, "coded"), empty)
     decoded, _ = decode_all(method, empty, q, k, v, np.zeros(2, int), 16)
     np.testing.assert_allclose(decoded, scored, atol=2e-5)
 
@@ -214,7 +226,7 @@ def test_dequantised_keys_are_the_nearest_centroids():
     calibration["smooth"] = np.ones_like(calibration["smooth"])
     chunk = chunk_at([0], [9], 9, True)
     q = jnp.zeros((1, 9, LAYER.num_query_heads, LAYER.head_dim))
-    _, cache = method.prefill(q, k, v, chunk, method.init(LAYER, 1, 9, calibration))
+    _, cache = prefill(method, q, k, v, chunk, method.init(LAYER, 1, 9, calibration))
     got = np.asarray(dequantise(cache.store.value_codes, cache.store.value_codebook, LAYER.head_dim))[0, :, :9]
     sub = np.asarray(v, np.float64)[0].swapaxes(0, 1).reshape(2, 9, -1, 4)
     distance = ((sub[:, :, :, None] - calibration["value_codebook"][:, None, None].astype(np.float64)) ** 2).sum(-1)

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import packing, vq_encode
+from pallas_kernels import dispatch, packing, vq_encode
+from pallas_kernels.vq_encode import reference
 from tests.kernels import cases, oracle
 
 both = pytest.mark.parametrize("how", cases.EVERYWHERE, ids=cases.NAMES)
@@ -55,6 +56,26 @@ def test_the_code_is_the_nearest_centroid_on_a_device(case):
         assert (above > 0).mean() <= 1e-3 and above.max() < 0.1
     else:
         assert (above <= 0).all()
+
+
+@pytest.mark.parametrize("case", cases.ENCODE[:6], ids=str)
+def test_plain_jax_walks_over_centroids_in_chunks_where_distances_would_not_fit(case, monkeypatch):
+    arrays, options = case.arguments()
+    at_once = vq_encode(*arrays, **options, implementation="xla")
+    monkeypatch.setattr(reference, "_DIRECT_DISTANCES", 0)
+    monkeypatch.setattr(reference, "_CHUNK_SUBVECTORS", 100)
+    codes = vq_encode(*arrays, **options, implementation="xla")
+    assert (excess(codes_of(case, codes), *arrays, options) <= 0).all()
+    assert (np.asarray(codes) != np.asarray(at_once)).mean() < 1e-3
+
+
+def test_a_decoded_token_is_encoded_without_a_kernel_unless_one_is_named(monkeypatch):
+    asked = []
+    monkeypatch.setattr(dispatch, "call", lambda operation, implementation, *_, **__: asked.append(implementation))
+    codebook = jnp.zeros((2, 256, 4))
+    for tokens, implementation in ((1, None), (2, None), (1, "triton")):
+        vq_encode(jnp.zeros((1, tokens, 2, 64)), codebook, implementation=implementation)
+    assert asked == ["xla", None, "triton"]
 
 
 @both

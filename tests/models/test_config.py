@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.conftest import GOLDENS
-from vecinfer_jax.errors import UnsupportedModelError
+from vecinfer_jax.errors import UnsupportedModelError, WeightsError
 from vecinfer_jax.models import ModelConfig, config_from_gguf, config_from_hf
 from vecinfer_jax.models.gguf_file import GgufFile
 from vecinfer_jax.rope import Llama3Scaling
@@ -218,6 +218,13 @@ def test_gguf_refused_by_name(tmp_path, arch, changed, named):
         config_from_gguf(file)
     assert named in str(error.value)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("damage", [np.nan, np.inf, 0])
+def test_gguf_factors_must_be_factors(tmp_path, damage):
+    tensors = [("rope_freqs.weight", np.asarray([1, 1, damage, 1], np.float32))]
+    with pytest.raises(WeightsError, match=r"a\.gguf: rope_freqs\.weight holds values"):
+        config_from_gguf(write_header(tmp_path / "a.gguf", "llama", GGUF_LLAMA, tensors))
 
 
 def test_gguf_factors_must_fit(tmp_path):

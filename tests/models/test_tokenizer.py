@@ -229,6 +229,15 @@ def test_unknown_tokenizers_are_refused(tmp_path, kind, pre):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("damage", [{"token_merges": ["a x"]}, {"bos_token_id": 9, "add_bos_token": True}])
+def test_damaged_vocabularies_are_refused(tmp_path, damage):
+    fields = {"token_merges": ["a a"], **damage}
+    file = write_tokenizer(tmp_path / "a.gguf", "gpt2", ["a", "aa"], [1, 1], tokenizer_pre="gpt-2", **fields)
+    with pytest.raises(WeightsError, match=r"a\.gguf: its tokenizer is damaged") as error:
+        tokenizer_from_gguf(file)
+    assert "\n" not in str(error.value)
+
+
 def hugging_face(directory, **config):
     """A directory with a word-level tokenizer.json and a tokenizer_config.json."""
     vocabulary = {"[UNK]": 0, "hello": 1, "world": 2, "<s>": 3, "</s>": 4}

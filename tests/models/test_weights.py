@@ -2,17 +2,20 @@
 
 import json
 import shutil
+import struct
 
+import gguf
 import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType as QuantType
 from safetensors.numpy import load_file, save_file
 
 from tests.conftest import GOLDENS
 from tests.models.gguf_writing import write_gguf
 from vecinfer_jax.errors import InputError, VecInferError, WeightsError
-from vecinfer_jax.models import load, random_model
+from vecinfer_jax.models import gguf_file, load, random_model
 from vecinfer_jax.models.checkpoint_map import flatten
 from vecinfer_jax.models.gguf_file import GgufFile
 
@@ -245,17 +248,113 @@ def test_gguf_without_output_is_tied(tmp_path):
     assert load_tiny_without_tokenizer(path).config.tie_embeddings
 
 
-def test_gguf_reader_agrees_with_the_package(tmp_path):
-    import gguf
+def gguf_of(path, values, kind=QuantType.F32, **options):
+    """A GGUF file with one field and one tensor, "t"."""
+    writer = gguf.GGUFWriter(path, "llama", **options)
+    writer.add_tensor("t", gguf.quantize(values, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
 
-    path = write_gguf(TINY / "llama", tmp_path / "a.gguf")
-    ours, theirs = GgufFile(path), gguf.GGUFReader(path)
-    assert list(ours.tensors) == [tensor.name for tensor in theirs.tensors]
-    for tensor in theirs.tensors:
-        np.testing.assert_array_equal(ours.read(tensor.name).ravel(), tensor.data.ravel())
-    for key, field in theirs.fields.items():
-        if not key.startswith("GGUF."):
-            assert ours.metadata[key] == field.contents()
+
+def gguf_refused(path) -> str:
+    """The one line that opening `path` fails with."""
+    with pytest.raises(WeightsError) as error:
+        GgufFile(path)
+    assert "\n" not in str(error.value) and str(path) in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("kind", "atol"),
+    [(QuantType.F32, 0), (QuantType.F16, 1e-3), (QuantType.BF16, 1e-2), (QuantType.Q8_0, 2e-2), (QuantType.Q4_1, 0.2)],
+)
+def test_gguf_tensors_are_float32_in_their_shape(tmp_path, kind, atol):
+    values = np.random.default_rng(0).normal(size=(2, 3, 64)).astype(np.float32)
+    file = GgufFile(gguf_of(tmp_path / "a.gguf", values, kind))
+    read = file.read("t")
+    assert file.shapes == {"t": (2, 3, 64)} and "t" in file and "u" not in file
+    assert type(read) is np.ndarray and read.dtype == np.float32 and read.base is None
+    np.testing.assert_allclose(read, values, atol=atol)
+
+
+def test_gguf_type_that_cannot_be_dequantised_is_named(tmp_path):
+    path = gguf_of(tmp_path / "a.gguf", np.zeros(4, np.float32))
+    data = path.read_bytes()
+    before = b"t" + struct.pack("<IQ", 1, 4)
+    path.write_bytes(data.replace(before + struct.pack("<I", QuantType.F32), before + struct.pack("<I", QuantType.I32)))
+    with pytest.raises(WeightsError, match="'t' is I32"):
+        GgufFile(path).read("t")
+
+
+def test_gguf_weight_that_is_not_finite_is_refused(tmp_path):
+    path = write_gguf(TINY / "qwen2", tmp_path / "a.gguf")
+    data = bytearray(path.read_bytes())
+    data[-4:] = np.float32(np.nan).tobytes()
+    path.write_bytes(data)
+    with pytest.raises(WeightsError, match="not finite") as error:
+        load_tiny_without_tokenizer(path)
+    assert str(path) in str(error.value)
+
+
+def test_gguf_scale_that_is_not_finite_makes_no_noise(tmp_path):
+    path = gguf_of(tmp_path / "a.gguf", np.ones((1, 32), np.float32), QuantType.Q8_0)
+    data = bytearray(path.read_bytes())
+    at = GgufFile(path)._tensors["t"].data_offset
+    data[at : at + 2] = np.float16(np.nan).tobytes()
+    path.write_bytes(data)
+    assert np.isnan(GgufFile(path).read("t")).all()
+
+
+@pytest.mark.parametrize("count", [1 << 20, 1 << 40, (1 << 64) - 1])
+@pytest.mark.parametrize("item", [0, 4, 8, 9])
+def test_gguf_array_longer_than_its_file_is_refused_at_once(tmp_path, item, count):
+    path = tmp_path / "a.gguf"
+    field = struct.pack("<Q1sIIQ", 1, b"k", 9, item, count)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + field + bytes(1000))
+    assert "truncated or damaged" in gguf_refused(path) or item == 9
+
+
+def test_gguf_header_of_too_many_parts_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(gguf_file, "_MAX_HEADER_PARTS", 1000)
+    path = tmp_path / "a.gguf"
+    field = struct.pack("<Q1sIIQ", 1, b"k", 9, 0, 2000)
+    path.write_bytes(struct.pack("<4sIQQ", b"GGUF", 3, 0, 1) + field + bytes(4000))
+    assert "more than 1000 parts" in gguf_refused(path)
+
+
+@pytest.mark.parametrize("offset", [1 << 20, 1 << 63, (1 << 64) - 32])
+def test_gguf_tensor_outside_the_data_is_refused(tmp_path, offset):
+    path = gguf_of(tmp_path / "a.gguf", np.ones((1, 32), np.float32))
+    data = bytearray(path.read_bytes())
+    at = data.index(b"t" + struct.pack("<IQQ", 2, 32, 1)) + 1 + 20 + 4  # past the name, the dimensions and the type
+    data[at : at + 8] = struct.pack("<Q", offset)
+    path.write_bytes(data)
+    gguf_refused(path)
+
+
+@pytest.mark.parametrize(("name", "dimensions"), [(b"t", ()), (b"\n", (1,))])
+def test_gguf_tensor_without_dimensions_or_name_is_refused(tmp_path, name, dimensions):
+    header = struct.pack("<4sIQQ", b"GGUF", 3, 1, 0) + struct.pack("<Q1sI", 1, name, len(dimensions))
+    header += b"".join(struct.pack("<Q", n) for n in dimensions) + struct.pack("<IQ", 0, 0)
+    (tmp_path / "a.gguf").write_bytes(header + bytes(100))
+    assert f"tensor {name.decode()!r} of shape" in gguf_refused(tmp_path / "a.gguf")
+
+
+def test_gguf_of_another_version_or_byte_order_is_refused(tmp_path):
+    values = np.ones((1, 32), np.float32)
+    assert "other order" in gguf_refused(gguf_of(tmp_path / "a.gguf", values, endianess=gguf.GGUFEndian.BIG))
+    path = gguf_of(tmp_path / "b.gguf", values)
+    path.write_bytes(path.read_bytes().replace(b"GGUF\3", b"GGUF\7"))
+    assert "version 7" in gguf_refused(path)
+
+
+def test_what_is_no_gguf_file_is_refused(tmp_path):
+    (tmp_path / "a.gguf").write_bytes(b"<html>not found</html>" * 10)
+    assert "not a GGUF file" in gguf_refused(tmp_path / "a.gguf")
+    assert "cannot be read" in gguf_refused(tmp_path / "nothing.gguf")
 
 
 @pytest.mark.parametrize("name", ["no-such-model", "./nowhere/at/all", "nothing.gguf"])

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vecinfer_jax.errors import UnsupportedModelError
+from vecinfer_jax.errors import UnsupportedModelError, WeightsError
 from vecinfer_jax.models.gguf_file import GgufFile
 from vecinfer_jax.rope import Llama3Scaling, Rope
 
@@ -179,20 +179,20 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
     heads, context, layers = get("attention.head_count"), get("context_length"), get("block_count")
     kv_heads = get("attention.head_count_kv", heads)
     epsilon = f"{arch}.attention.layer_norm_rms_epsilon"
-    embedding = file.tensors.get("token_embd.weight")
+    embedding = file.shapes.get("token_embd.weight")
     _require({**sizes, epsilon: meta.get(epsilon), "token_embd.weight": embedding}, str(file.path))
     _require_sizes({**sizes, f"{arch}.attention.head_count_kv": kv_heads}, str(file.path))
-    if embedding is None or layers > len(file.tensors):
-        raise UnsupportedModelError(f"{file.path} has {len(file.tensors)} tensors for {layers} layers")
+    if embedding is None or layers > len(file.shapes):
+        raise UnsupportedModelError(f"{file.path} has {len(file.shapes)} tensors for {layers} layers")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
     _refuse_gguf(get, arch, head_dim)
     biased = "blk.0.attn_q.bias" in file
-    factors = file.read("rope_freqs.weight").reshape(-1) if "rope_freqs.weight" in file else None
+    factors = _gguf_factors(file)
     eos = [meta.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot")]
     return _checked(
         ModelConfig(
             model_type=arch,
-            vocab_size=embedding.shape[0],
+            vocab_size=embedding[0],
             hidden_size=get("embedding_length"),
             intermediate_size=get("feed_forward_length"),
             num_layers=layers,
@@ -202,7 +202,7 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
             rope=Rope(
                 theta=float(get("rope.freq_base", 10000.0)),
                 head_dim=head_dim,
-                factors=None if factors is None else tuple(float(f) for f in factors),
+                factors=factors,
                 max_position=max(context, MIN_ROPE_POSITIONS),
             ),
             rms_norm_eps=_shortest(meta[epsilon]),
@@ -216,6 +216,15 @@ def config_from_gguf(file: GgufFile) -> ModelConfig:
             eos_token_ids=tuple(dict.fromkeys(int(e) for e in eos if e is not None)),
         )
     )
+
+
+def _gguf_factors(file: GgufFile) -> tuple[float, ...] | None:
+    if "rope_freqs.weight" not in file:
+        return None
+    factors = file.read("rope_freqs.weight").reshape(-1)
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise WeightsError(f"{file.path}: rope_freqs.weight holds values that are no factors; fetch the file again")
+    return tuple(factors.tolist())
 
 
 def _shortest(value: float) -> float:

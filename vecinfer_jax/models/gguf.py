@@ -23,7 +23,7 @@ class GgufWeights:
         self._file, self._config = file, config
 
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
-        return {name: tensor.shape for name, tensor in self._file.tensors.items()}
+        return self._file.shapes
 
     def name_of(self, weight: Weight) -> str:
         return weight.gguf

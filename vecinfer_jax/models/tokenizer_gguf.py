@@ -88,19 +88,24 @@ def tokenizer_from_gguf(file: GgufFile) -> Tokenizer:
             f"{file.path}: a tokenizer of kind {kind!r} cannot be rebuilt; put the model's {TOKENIZER} beside the file"
         )
     tokens: Sequence[str] = meta["tokens"]
-    backend = builders[kind](file, meta, tokens)
-    named = {}
-    for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
-        index = meta.get(f"{key}_token_id")
-        if index is not None and index < len(tokens):
-            named[f"{name}_token"] = tokens[index]
-    eos = (meta.get("eos_token_id"), meta.get("eot_token_id"))
-    return Tokenizer(
-        backend=backend,
-        special_tokens=named,
-        template=template,
-        eos_token_ids=tuple(dict.fromkeys(int(i) for i in eos if i is not None)),
-    )
+    try:
+        backend = builders[kind](file, meta, tokens)
+        named = {}
+        for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding")):
+            index = meta.get(f"{key}_token_id")
+            if index is not None and index < len(tokens):
+                named[f"{name}_token"] = tokens[index]
+        eos = (meta.get("eos_token_id"), meta.get("eot_token_id"))
+        ends = tuple(dict.fromkeys(int(i) for i in eos if i is not None))
+    except WeightsError:
+        raise
+    except Exception as error:  # of many kinds, from a damaged vocabulary; tokenizers raises bare ones
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(
+            f"{file.path}: its tokenizer is damaged ({reason}); fetch the file again or put the model's {TOKENIZER} "
+            "beside it"
+        ) from None
+    return Tokenizer(backend=backend, special_tokens=named, template=template, eos_token_ids=ends)
 
 
 def _byte_level(file: GgufFile, meta: Mapping[str, Any], tokens: Sequence[str]) -> tokenizers.Tokenizer:

@@ -1,0 +1,65 @@
+"""Whole programs lower for accelerators that are not there: the XLA step for TPU, the kernels' step for CUDA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractDevice, AbstractMesh
+from tests import small
+
+from vecinfer_jax.caches import FullPrecision, VecInfer
+from vecinfer_jax.models.decoder import Decoder, param_shapes
+from vecinfer_jax.rope import Rope
+
+H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
+
+
+def shapes(method, head_dim, heads, dtype, batch=2, capacity=640, tokens=1):
+    """A decoder and the shapes of params, caches, tokens and positions of a call of `tokens` tokens."""
+    config = dataclasses.replace(
+        small.CONFIG,
+        head_dim=head_dim,
+        num_query_heads=heads[0],
+        num_kv_heads=heads[1],
+        rope=Rope(1e4, head_dim),
+        num_layers=2,
+    )
+    decoder = Decoder(config, method, dtype)
+    calibration = None
+    if isinstance(method, VecInfer):
+        key, value = method.key_format, method.value_format
+        calibration = {
+            "smooth": jnp.ones((heads[1], head_dim)),
+            "key_codebook": jnp.zeros((heads[1], key.entries, key.length)),
+            "value_codebook": jnp.zeros((heads[1], value.entries, value.length)),
+        }
+    init = lambda: tuple(method.init(decoder.layer_shape(i), batch, capacity, calibration) for i in range(2))
+    ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
+    return decoder, (param_shapes(config, dtype), ids, ids, jax.eval_shape(init))
+
+
+def step(decoder, decode=True):
+    def run(params, tokens, positions, caches):
+        return decoder.apply({"params": params}, tokens, positions, caches, decode=decode)
+
+    return jax.jit(run, donate_argnums=3)
+
+
+@pytest.mark.parametrize("method", [FullPrecision(), VecInfer(bits=2), VecInfer(bits=1.5, sink=4)], ids=repr)
+def test_the_xla_step_and_prefill_lower_for_tpu(method):
+    for tokens, decode in ((1, True), (256, False)):
+        decoder, args = shapes(method, 128, (8, 2), jnp.bfloat16, tokens=tokens)
+        lowered = step(decoder, decode).trace(*args).lower(lowering_platforms=("tpu",))
+        assert "custom_call" not in lowered.as_text() or "triton" not in lowered.as_text()
+
+
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (128, (32, 8)), (128, (14, 2))])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
+def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype):
+    method = VecInfer(bits=2, implementation="triton")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        for tokens, decode in ((1, True), (256, False)):
+            decoder, args = shapes(method, head_dim, heads, dtype, tokens=tokens)
+            text = step(decoder, decode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+            assert "triton" in text
