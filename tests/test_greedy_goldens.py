@@ -1,21 +1,15 @@
 """Greedy generation with the full-precision cache gives transformers' tokens, one prompt at a time and in a
 batch."""
 
-import functools
 import json
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
 
+import vecinfer_jax as vj
 from tests.conftest import GOLDENS
-from vecinfer_jax.caches.full_precision import FullPrecision
-from vecinfer_jax.models import Decoder
 
 CASES = json.loads((GOLDENS / "smollm2-135m-instruct" / "greedy.json").read_text(encoding="utf-8"))
 NEW_TOKENS = 32
-BUCKET = 128
 
 
 def test_prompts_are_tokenised_alike(smollm2):
@@ -36,30 +30,5 @@ def test_a_padded_batch(smollm2):
 
 
 def greedy(lm, prompts):
-    """32 tokens after each prompt; prompts are padded on the right to one length."""
-    lengths = jnp.asarray([len(ids) for ids in prompts])
-    assert int(lengths.max()) <= BUCKET
-    tokens = np.zeros((len(prompts), BUCKET), np.int32)
-    for row, ids in zip(tokens, prompts, strict=True):
-        row[: len(ids)] = ids
-    return np.asarray(_generate(lm.config, lm.params, jnp.asarray(tokens), lengths)).tolist()
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _generate(config, params, tokens, lengths):
-    method = FullPrecision()
-    decoder = Decoder(config, method, jnp.float32)
-    batch = tokens.shape[0]
-    caches = tuple(method.init(decoder.layer_shape(i), batch, BUCKET + NEW_TOKENS) for i in range(config.num_layers))
-    positions = jnp.broadcast_to(jnp.arange(BUCKET), tokens.shape)
-    variables = {"params": params}
-    logits, caches = decoder.apply(variables, tokens, positions, caches, lengths=lengths, logits="last")
-
-    def step(state, _):
-        token, position, caches = state
-        logits, caches = decoder.apply(variables, token[:, None], position[:, None], caches, decode=True)
-        return (jnp.argmax(logits[:, 0], axis=-1), position + 1, caches), token
-
-    first = (jnp.argmax(logits, axis=-1), lengths, caches)
-    _, out = jax.lax.scan(step, first, length=NEW_TOKENS)
-    return out.T
+    """32 tokens after each prompt."""
+    return vj.generate(lm, prompts, max_new_tokens=NEW_TOKENS, stop_token_ids=[]).tokens
