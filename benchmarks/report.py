@@ -30,7 +30,9 @@ def table(header: list[str], rows: list[list[str]]) -> str:
 def decode_kernel() -> str:
     rows = []
     for row in read(H100, "kernels")["rows"]:
-        match = re.fullmatch(r"vq_decode_attention K (\S+) V (\S+) (\S+): B(\d+) S(\d+) (\S+) heads D(\d+)", row["name"])
+        match = re.fullmatch(
+            r"vq_decode_attention K (\S+) V (\S+) (\S+): B(\d+) S(\d+) (\S+) heads D(\d+)", row["name"]
+        )
         if match is None:
             continue
         key, value, _, batch, tokens, heads, dim = match.groups()
@@ -45,7 +47,7 @@ def other_kernels() -> str:
     for row in read(H100, "kernels")["rows"]:
         if row["name"].startswith("vq_decode_attention"):
             continue
-        peer = f"{row['peer']}: {row['peer_us']:.0f}" if "peer" in row else "–"
+        peer = f"{row['peer']}: {row['peer_us']:.0f}" if "peer" in row else ""
         rows.append([row["name"], f"{row['us']:.0f}", peer])
     return table(["kernel", "ours, µs", "peer, µs"], rows)
 

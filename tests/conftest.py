@@ -29,8 +29,8 @@ CHECKED = [
 ]
 install_import_hook(CHECKED, "tests.typecheck.check")
 
-from vecinfer_jax.errors import AssetError
-from vecinfer_jax.models import LanguageModel, load
+from vecinfer_jax.errors import AssetError  # noqa: E402
+from vecinfer_jax.models import LanguageModel, load  # noqa: E402
 
 GOLDENS = Path(__file__).parent / "goldens"
 

@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from tests import small
 
+from tests import small
 from vecinfer_jax import cli
 from vecinfer_jax.caches import VecInfer
 

@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
-from tests import small
 
+from tests import small
 from vecinfer_jax.caches import FullPrecision, VecInfer
 from vecinfer_jax.models.decoder import Decoder, param_shapes
 from vecinfer_jax.rope import Rope
@@ -34,7 +34,10 @@ def shapes(method, head_dim, heads, dtype, batch=2, capacity=640, tokens=1):
             "key_codebook": jnp.zeros((heads[1], key.entries, key.length)),
             "value_codebook": jnp.zeros((heads[1], value.entries, value.length)),
         }
-    init = lambda: tuple(method.init(decoder.layer_shape(i), batch, capacity, calibration) for i in range(2))
+
+    def init():
+        return tuple(method.init(decoder.layer_shape(i), batch, capacity, calibration) for i in range(2))
+
     ids = jax.ShapeDtypeStruct((batch, tokens), jnp.int32)
     return decoder, (param_shapes(config, dtype), ids, ids, jax.eval_shape(init))
 

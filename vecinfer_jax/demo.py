@@ -65,8 +65,8 @@ def run(method: CacheMethod, max_new_tokens: int) -> None:
     coded_tokens = capacity - getattr(method, "residual", 0) - getattr(method, "sink", 0)
     spent = coded.stats.cache_bytes["codes"] / coded_tokens
     width = jax.numpy.dtype(lm.dtype).itemsize
-    print(f"\nper cached token: {saved:.0f} bytes against {spent:.0f} bytes of codes, {saved / spent:.1f}x smaller", end="")
-    print("" if width == 2 else f" ({saved / spent * 2 / width:.1f}x against a 16-bit cache)")
+    halved = "" if width == 2 else f" ({saved / spent * 2 / width:.1f}x against a 16-bit cache)"
+    print(f"\nper cached token: {saved:.0f} against {spent:.0f} bytes, {saved / spent:.1f}x smaller{halved}")
 
     tokens = full.prompt_tokens[0] + full.tokens[0]
     kl, top1 = agreement(lm, method, calibration, tokens, len(full.prompt_tokens[0]))

@@ -2,8 +2,8 @@
 
 import jax.numpy as jnp
 import pytest
-from tests import small
 
+from tests import small
 from vecinfer_jax.caches import PerLayer, VecInfer
 from vecinfer_jax.caches.vecinfer import CodeFormat
 from vecinfer_jax.errors import InputError

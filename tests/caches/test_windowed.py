@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import small
 
+from tests import small
 from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer, allocated_bytes
 from vecinfer_jax.caches.base import Chunk
 from vecinfer_jax.caches.vecinfer import PAPER_FORMATS, dequantise
@@ -20,8 +20,13 @@ WINDOWS = [(0, 0), (0, 2), (5, 0), (5, 3), (64, 0), (3, 8)]
 
 def random_qkv(batch, tokens, seed=0):
     rng = np.random.default_rng(seed)
-    shape = lambda heads: (batch, tokens, heads, LAYER.head_dim)
-    make = lambda heads: jnp.asarray(rng.normal(size=shape(heads)), jnp.float32)
+
+    def shape(heads):
+        return (batch, tokens, heads, LAYER.head_dim)
+
+    def make(heads):
+        return jnp.asarray(rng.normal(size=shape(heads)), jnp.float32)
+
     return make(LAYER.num_query_heads), make(LAYER.num_kv_heads), make(LAYER.num_kv_heads)
 
 
@@ -91,11 +96,11 @@ def test_encoding_in_bulk_and_token_by_token_is_the_same(residual, sink):
     _, stepped = decode_all(method, empty, q, k, v, np.zeros(3, int), 20)
     # Rows that are shorter are compared at their own length: step them separately.
     for row, length in enumerate(lengths):
+        own = slice(row, row + 1)
         one = method.init(LAYER, 1, 32, random_calibration(method))
-        take = lambda x: x[row : row + 1]
-        _, single = decode_all(method, one, take(q), take(k), take(v), np.zeros(1, int), int(length))
-        picked = jax.tree.map(lambda x: x[row : row + 1] if x.shape[:1] == (3,) else x, bulk)
-        assert_same_cache(single, picked, method, lengths[row : row + 1])
+        _, single = decode_all(method, one, q[own], k[own], v[own], np.zeros(1, int), int(length))
+        picked = jax.tree.map(lambda x, own=own: x[own] if x.shape[:1] == (3,) else x, bulk)
+        assert_same_cache(single, picked, method, lengths[own])
     assert int(stepped.lengths[0]) == 20
 
 
@@ -241,3 +246,50 @@ def test_different_layers_may_use_different_methods():
     assert method.for_layer(1, 3) == VecInfer(bits=2)
     assert method.for_layer(2, 3) == VecInfer(bits=4)
     assert hash(method) == hash(PerLayer(VecInfer(bits=2), ((0, FullPrecision()), (2, VecInfer(bits=4)))))
+
+
+@pytest.mark.parametrize(("residual", "sink"), WINDOWS)
+@pytest.mark.parametrize("transform", ["smooth-hadamard", "none"])
+def test_what_a_query_reads_is_what_the_definition_says(residual, sink, transform):
+    """Against a float64 loop over queries and tokens, written from the definition alone."""
+    method = VecInfer(bits=2, residual=residual, sink=sink, transform=transform)
+    tokens = 20
+    q, k, v = random_qkv(1, tokens)
+    calibration = random_calibration(method)
+    if transform == "none":
+        calibration["smooth"] = np.ones_like(calibration["smooth"])
+    got, _ = prefill(
+        method, q, k, v, chunk_at([0], [tokens], tokens, True, "coded"), method.init(LAYER, 1, tokens, calibration)
+    )
+
+    dim, half = LAYER.head_dim, LAYER.head_dim // 2
+    angle = np.arange(tokens)[:, None] * 10000.0 ** (-np.arange(half) / half)
+
+    def rotated(x):
+        x = np.asarray(x, np.float64)[0]
+        a, b = x[..., :half], x[..., half:]
+        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+    def coded(x, codebook):
+        parts = x.reshape(-1, 4)
+        nearest = ((parts[:, None] - codebook[None].astype(np.float64)) ** 2).sum(-1).argmin(-1)
+        return codebook[nearest].astype(np.float64).reshape(x.shape)
+
+    h = np.array([[(-1.0) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)]) / np.sqrt(dim)
+    if transform == "none":
+        h = np.eye(dim)
+    queries, keys, values = rotated(q), rotated(k), np.asarray(v, np.float64)[0]
+    for head in range(LAYER.num_query_heads):
+        kv = head // LAYER.group
+        smooth = calibration["smooth"][kv].astype(np.float64)
+        key_codes = coded((keys[:, kv] / smooth) @ h, calibration["key_codebook"][kv]) @ h * smooth
+        value_codes = coded(values[:, kv], calibration["value_codebook"][kv])
+        for t in range(tokens):
+            exact = np.array([s < sink or s > t - residual for s in range(t + 1)])[:, None]
+            read_keys = np.where(exact, keys[: t + 1, kv], key_codes[: t + 1])
+            read_values = np.where(exact, values[: t + 1, kv], value_codes[: t + 1])
+            scores = read_keys @ queries[t, head] / np.sqrt(dim)
+            weights = np.exp(scores - scores.max())
+            want = weights @ read_values / weights.sum()
+            np.testing.assert_allclose(np.asarray(got)[0, t, head], want, atol=2e-5)

@@ -6,8 +6,8 @@ import shutil
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import small
 
+from tests import small
 from vecinfer_jax.caches import FullPrecision, VecInfer
 from vecinfer_jax.caches.vecinfer import smoothing_factors
 from vecinfer_jax.calibration.artefact import Calibration
@@ -15,7 +15,6 @@ from vecinfer_jax.calibration.collect import calibrate, collect_statistics, pass
 from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.models.decoder import Decoder, layer_shape
-from vecinfer_jax.rope import apply_rope
 
 METHOD = VecInfer(bits=2)
 

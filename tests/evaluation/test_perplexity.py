@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import small
 
 import vecinfer_jax as vj
+from tests import small
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.evaluation.perplexity import agreement, rescoring_kl
 from vecinfer_jax.models.decoder import Decoder

@@ -1,14 +1,15 @@
 """Generation: batches equal singles, streams equal batches, seeds repeat, limits are errors, nothing recompiles."""
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests import small
 
 import vecinfer_jax as vj
+from tests import small
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.generation.engine import bucket, engine_for
 from vecinfer_jax.models.decoder import Decoder
@@ -131,7 +132,7 @@ def test_nothing_recompiles_within_a_bucket():
 def test_buckets_grow_by_at_most_a_half():
     sizes = sorted({bucket(n) for n in range(1, 5000)})
     assert sizes[0] == 32
-    assert all(b <= 1.51 * a for a, b in zip(sizes, sizes[1:], strict=False))
+    assert all(b <= 1.51 * a for a, b in itertools.pairwise(sizes))
     assert all(bucket(n) >= n for n in range(1, 5000))
 
 

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from tests import small
 
 import vecinfer_jax as vj
+from tests import small
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.generation.jobs import run_job
 
