@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from tests import small
-from vecinfer_jax.caches import FullPrecision, VecInfer
+from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer
 from vecinfer_jax.caches.vecinfer import smoothing_factors
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.collect import calibrate, collect_statistics, passages_of
@@ -89,6 +89,13 @@ def test_an_artefact_reads_back_as_it_was(saved):
         for field in a:
             np.testing.assert_array_equal(a[field], b[field])
     assert read.metadata["text"]["name"] == "given"
+
+
+def test_layers_that_need_nothing_read_back_as_such(tmp_path):
+    method = PerLayer(METHOD, ((0, FullPrecision()), (2, FullPrecision())))
+    saved = small.calibration_of(method).save(tmp_path / "mixed")
+    read = load_calibration(saved, small.model(), method)
+    assert [set(layer) for layer in read.layers] == [set(), {"smooth", "key_codebook", "value_codebook"}, set()]
 
 
 def test_saving_again_replaces_the_whole_artefact_and_leaves_nothing_else(saved):

@@ -71,7 +71,12 @@ def test_plain_jax_walks_over_centroids_in_chunks_where_distances_would_not_fit(
 
 def test_a_decoded_token_is_encoded_without_a_kernel_unless_one_is_named(monkeypatch):
     asked = []
-    monkeypatch.setattr(dispatch, "call", lambda operation, implementation, *_, **__: asked.append(implementation))
+
+    def call(operation, implementation, interpret, x, codebook, **options):
+        asked.append(implementation)
+        return jnp.zeros((*x.shape[:1], x.shape[2], x.shape[1], 16), jnp.uint8)
+
+    monkeypatch.setattr(dispatch, "call", call)
     codebook = jnp.zeros((2, 256, 4))
     for tokens, implementation in ((1, None), (2, None), (1, "triton")):
         vq_encode(jnp.zeros((1, tokens, 2, 64)), codebook, implementation=implementation)

@@ -39,8 +39,13 @@ class Calibration:
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Writes the artefact; an existing one there is replaced once the new one is whole."""
         destination = Path(directory).absolute()
-        arrays = {f"layer_{i:03d}": {k: np.asarray(v) for k, v in a.items()} for i, a in enumerate(self.layers)}
-        metadata = dict(self.metadata) | {"format": FORMAT, "arrays": _digests(arrays)}
+        # A layer whose method needs nothing has no arrays.
+        arrays = {_layer_name(i): {k: np.asarray(v) for k, v in a.items()} for i, a in enumerate(self.layers) if a}
+        metadata = dict(self.metadata) | {
+            "format": FORMAT,
+            "num_layers": len(self.layers),
+            "arrays": _digests(arrays),
+        }
         destination.parent.mkdir(parents=True, exist_ok=True)
         work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
         try:
@@ -74,7 +79,7 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
         metadata = json.loads(path.read_text())
         if metadata["format"] != FORMAT:
             raise CalibrationError(f"{directory}: calibration format {metadata['format']} is not {FORMAT}")
-        _ = metadata["model"]["fingerprint"], metadata["method"], metadata["arrays"]
+        _ = metadata["model"]["fingerprint"], metadata["method"], metadata["arrays"], metadata["num_layers"]
     except FileNotFoundError:
         raise CalibrationError(f"{directory} holds no calibration (metadata.json is missing)") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -102,7 +107,7 @@ def read_calibration(directory: str | os.PathLike[str]) -> Calibration:
     for name, entry in digests.items():
         if found[name]["sha256"] != entry["sha256"]:
             raise CalibrationError(f"{directory}: array {name} is not what was saved: calibrate again")
-    layers = tuple(arrays[layer] for layer in sorted(arrays))
+    layers = tuple(arrays.get(_layer_name(i), {}) for i in range(metadata["num_layers"]))
     for index, layer_arrays in enumerate(layers):
         for field, array in layer_arrays.items():
             if not np.all(np.isfinite(array)):
@@ -119,6 +124,10 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "source"
     return found
+
+
+def _layer_name(index: int) -> str:
+    return f"layer_{index:03d}"
 
 
 def _on_cpu(template: Any) -> Any:
