@@ -40,30 +40,36 @@ def main() -> None:
     path = args.output or results.ROOT / results.device_name() / f"{name}.json"
     content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
     text = args.text.read_text()
-    content |= {
-        "model": args.model,
-        "dtype": args.dtype,
-        "text": args.text.name,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
-    }
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    content["model"] = args.model
     lm = vj.load(args.model, args.dtype)
     for row in args.rows:
-        if row in content["rows"]:
-            continue
         method = ROWS[row]
-        begin = time.perf_counter()
-        result = vj.evaluate.perplexity(lm, method, text=text, length=args.length, windows=args.windows)
-        content["rows"][row] = dataclasses.asdict(result) | {
+        calibration = vj.resolve_calibration(lm, method)
+        provenance = {
             "method": repr(method),
-            "seconds": round(time.perf_counter() - begin, 1),
+            "dtype": args.dtype,
+            "text": args.text.name,
+            "text_sha256": digest,
+            "calibration": calibration.digest,
         }
+        old = content["rows"].get(row, {})
+        same = provenance.items() <= old.items()
+        if same and (old["length"], old["windows"]) == (args.length, args.windows):
+            continue
+        begin = time.perf_counter()
+        result = vj.evaluate.perplexity(lm, method, calibration, text, length=args.length, windows=args.windows)
+        seconds = round(time.perf_counter() - begin, 1)
+        content["rows"][row] = dataclasses.asdict(result) | provenance | {"seconds": seconds}
         results.write(name, content, args.output)
-    if args.rescoring_tokens and "rescoring" not in content:
+    if args.rescoring_tokens:
         method = ROWS["vecinfer-2-r128"]
         calibration = vj.resolve_calibration(lm, method)
         tokens = lm.tokenizer.encode(text)[: args.rescoring_tokens]
         content["rescoring"] = {
             "method": repr(method),
+            "calibration": calibration.digest,
+            "text_sha256": digest,
             "tokens": len(tokens),
             "kl_decoded_from_scored": rescoring_kl(lm, method, calibration, tokens, start=1),
         }

@@ -2,7 +2,10 @@
 
 import dataclasses
 import json
+import math
+import os
 import sys
+import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,6 +53,8 @@ def make_method(name: str, **settings: Any) -> Any:
     unknown = sorted(set(given) - known)
     if unknown:
         raise InputError(f"method {name!r} has no --{unknown[0]}: leave it out")
+    if "bits" in given and not math.isfinite(given["bits"]):
+        raise InputError(f"bits={given['bits']} is not a width: give a number such as 2")
     if "bits" in given and given["bits"] == int(given["bits"]):
         given["bits"] = int(given["bits"])
     return METHODS[name](**given)
@@ -100,6 +105,12 @@ def generate(
         raise InputError("give a prompt, or --input and --output for a batch job")
     if input is not None and prompts:
         raise InputError("give either prompts or --input, not both")
+    if input is not None:
+        ignored = {"--stream": stream, "--capacity": capacity is not None, "--json": json_out is not None}
+        for option in (name for name, given in ignored.items() if given):
+            raise InputError(f"a batch job has no {option}: leave it out")
+        _check_output(output)
+    _check_output(json_out)
     lm, fitted = _load(model, dtype, chosen, calibration, quiet)
     if input is not None and output is not None:
         done = run_job(
@@ -114,6 +125,7 @@ def generate(
             seed=seed,
             stop=stop or (),
             logprobs=logprobs,
+            chat=chat,
             progress=not quiet,
         )
         print(f"{done} answers written to {output}", file=sys.stderr)
@@ -170,10 +182,12 @@ def calibrate(
     """Fit a method's codebooks to a model and save them."""
     from vecinfer_jax import models
     from vecinfer_jax.calibration import collect
+    from vecinfer_jax.calibration.artefact import check_destination
 
     chosen = make_method(method, bits=bits, key=key, value=value, transform=transform, scope=scope)
     if not chosen.needs_calibration:
         raise InputError(f"method {method!r} needs no calibration")
+    check_destination(output)
     lm = models.load(model, dtype, progress=not quiet)
     made = collect.calibrate(
         lm,
@@ -214,6 +228,7 @@ def evaluate_perplexity(
         method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
     )
     content = _read_text(text)
+    _check_output(json_out)
     lm, fitted = _load(model, dtype, chosen, calibration, quiet)
     result = evaluation.perplexity(
         lm,
@@ -222,7 +237,7 @@ def evaluate_perplexity(
         content,
         length=length,
         windows=windows,
-        prefill=prefill,
+        prefill=prefill,  # type: ignore[arg-type]
         progress=not quiet,
     )
     if json_out is None or str(json_out) != "-":
@@ -261,6 +276,9 @@ def convert(
     """Save a model as an Orbax checkpoint that loads without its source."""
     from vecinfer_jax import models
 
+    if output.exists():
+        raise InputError(f"{output} exists already; name a new directory")
+    _check_output(output)
     lm = models.load(model, dtype, progress=not quiet)
     print(lm.save(output))
 
@@ -291,6 +309,23 @@ def read_documents(path: Path) -> Any:
                 yield "\n".join(block)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+
+
+def _check_output(path: Path | None) -> None:
+    """Raises `InputError` where a file cannot be written, before the work whose result it is to hold."""
+    if path is None or str(path) == "-":
+        return
+    if path.is_dir():
+        raise InputError(f"cannot write {path}: it is a directory")
+    try:
+        if path.exists():
+            with open(path, "ab"):
+                pass
+        else:
+            with tempfile.TemporaryFile(dir=path.absolute().parent):
+                pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
 
 
 def _read_text(path: Path) -> str:
@@ -333,7 +368,11 @@ def main(arguments: list[str] | None = None) -> int:
     except _UsageError as error:
         print(f"vecinfer: {error.format_message()} (see vecinfer --help)", file=sys.stderr)
         return 2
-    except VecInferError as error:
+    except BrokenPipeError:
+        # The reader of our output has gone; Python must not complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except (VecInferError, OSError) as error:
         print(f"vecinfer: {error}", file=sys.stderr)
         return 1
     return int(status or 0)

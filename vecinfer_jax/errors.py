@@ -27,3 +27,9 @@ class CapacityError(VecInferError):
 
 class InputError(VecInferError, ValueError):
     """An argument that makes no sense, named together with what would."""
+
+
+def check_seed(seed: int) -> None:
+    """Raises `InputError` for a seed that the random numbers cannot take."""
+    if not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise InputError(f"seed={seed!r} must be a whole number from 0 to {2**32 - 1}")

@@ -43,8 +43,8 @@ def vq_decode_attention(
             start = jnp.minimum(i * chunk, tokens - chunk)
             position = start + jnp.arange(chunk)
             valid = (position >= i * chunk) & (position < lengths[:, None])
-            keys = _dequantise(_rows(key_codes, start, chunk), key_codebook, dim, q.dtype)
-            values = _dequantise(_rows(value_codes, start, chunk), value_codebook, dim, q.dtype)
+            keys = dequantise(_rows(key_codes, start, chunk), key_codebook, dim, q.dtype)
+            values = dequantise(_rows(value_codes, start, chunk), value_codebook, dim, q.dtype)
             part = _attend(queries, keys, values, valid[:, None, None], precision)
             outputs, lses = zip(carry, part, strict=True)
             return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
@@ -58,7 +58,7 @@ def _rows(codes: Array, start: Array, chunk: int) -> Array:
     return lax.dynamic_slice_in_dim(codes, start, chunk, axis=2)
 
 
-def _dequantise(
+def dequantise(
     codes: UInt8[Array, "B H C bytes"], codebook: Float[Array, "Hc K d"], dim: int, dtype
 ) -> Float[Array, "B H C D"]:
     """The coded vectors, rounded to `dtype`, as float32."""

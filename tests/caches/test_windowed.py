@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels.vq_decode_attention.reference import dequantise
 from tests import small
 from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer, allocated_bytes
 from vecinfer_jax.caches.base import Chunk
-from vecinfer_jax.caches.vecinfer import PAPER_FORMATS, dequantise
+from vecinfer_jax.caches.vecinfer import PAPER_FORMATS
 from vecinfer_jax.models.decoder import layer_shape
 
 LAYER = layer_shape(small.CONFIG, 0, jnp.float32)
@@ -232,7 +233,9 @@ def test_dequantised_keys_are_the_nearest_centroids():
     chunk = chunk_at([0], [9], 9, True)
     q = jnp.zeros((1, 9, LAYER.num_query_heads, LAYER.head_dim))
     _, cache = prefill(method, q, k, v, chunk, method.init(LAYER, 1, 9, calibration))
-    got = np.asarray(dequantise(cache.store.value_codes, cache.store.value_codebook, LAYER.head_dim))[0, :, :9]
+    got = np.asarray(dequantise(cache.store.value_codes, cache.store.value_codebook, LAYER.head_dim, jnp.float32))[
+        0, :, :9
+    ]
     sub = np.asarray(v, np.float64)[0].swapaxes(0, 1).reshape(2, 9, -1, 4)
     distance = ((sub[:, :, :, None] - calibration["value_codebook"][:, None, None].astype(np.float64)) ** 2).sum(-1)
     index = distance.argmin(-1)

@@ -169,9 +169,22 @@ def test_damaged_metadata_is_refused(saved, content):
     one_line(error)
 
 
-def test_a_directory_that_is_no_artefact_is_refused(tmp_path):
-    with pytest.raises(CalibrationError, match="holds no calibration"):
-        load_calibration(tmp_path, small.model())
+def test_what_is_no_artefact_is_refused(tmp_path):
+    (tmp_path / "file").write_text("x")
+    (tmp_path / "odd" / "metadata.json").mkdir(parents=True)
+    for path in (tmp_path, tmp_path / "file", tmp_path / "odd", tmp_path / "missing"):
+        with pytest.raises(CalibrationError, match="holds no calibration") as error:
+            load_calibration(path, small.model())
+        one_line(error)
+
+
+@pytest.mark.parametrize("arrays", [[], {"layer_000/smooth": {}}, {"layer_000/smooth": 3}])
+def test_metadata_without_its_arrays_is_refused(saved, arrays):
+    metadata = json.loads((saved / "metadata.json").read_text())
+    (saved / "metadata.json").write_text(json.dumps(metadata | {"arrays": arrays}))
+    with pytest.raises(CalibrationError) as error:
+        load_calibration(saved, small.model(), METHOD)
+    one_line(error)
 
 
 def test_a_given_calibration_is_checked_before_use():
@@ -205,3 +218,89 @@ def test_passages_join_documents_and_keep_the_rest():
     text = "".join(chr(i) for row in passages for i in row)
     assert text == "abc\n\nde"
     assert [len(row) for row in passages] == [4, 3]
+
+
+@pytest.mark.parametrize("kind", ["directory", "file"])
+def test_saving_never_replaces_what_is_no_artefact(tmp_path, kind):
+    target = tmp_path / "mine"
+    if kind == "directory":
+        target.mkdir()
+        (target / "precious.txt").write_text("kept")
+    else:
+        target.write_text("kept")
+    with pytest.raises(InputError, match="is no calibration"):
+        small.calibration_of(METHOD).save(target)
+    assert (target / "precious.txt" if kind == "directory" else target).read_text() == "kept"
+    assert [p.name for p in tmp_path.iterdir()] == ["mine"]
+
+
+def test_an_interrupted_replacement_keeps_the_old_artefact(saved, monkeypatch):
+    import os
+
+    rename = os.replace
+    calls = []
+
+    def interrupted(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr("vecinfer_jax.calibration.artefact.os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        small.calibration_of(METHOD).save(saved)
+    monkeypatch.undo()
+    assert [p.name for p in saved.parent.iterdir()] == ["artefact"]
+    load_calibration(saved, small.model(), METHOD)
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(InputError) as error:
+        small.calibration_of(METHOD).save(tmp_path / "file" / "below")
+    assert "\n" not in str(error.value)
+
+
+def test_a_damaged_kept_calibration_is_passed_over_and_made_again(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
+    method = VecInfer(bits=1, residual=0)
+    resolve_calibration(small.model(), method)
+    from vecinfer_jax.calibration.store import kept_directory
+
+    (kept_directory(small.model(), method) / "metadata.json").unlink()
+    capsys.readouterr()
+    resolve_calibration(small.model(), method)
+    said = capsys.readouterr().err
+    assert "passed over" in said and "calibrating once" in said
+    resolve_calibration(small.model(), method)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"passages": 0},
+        {"passage_length": 1},
+        {"passage_length": 5000},
+        {"seed": -1},
+        {"seed": 2**32},
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(options):
+    with pytest.raises(InputError) as error:
+        calibrate(small.model(), METHOD, small.texts(), progress=False, **options)
+    assert "\n" not in str(error.value)
+
+
+def test_a_text_too_short_for_the_codebook_is_refused():
+    with pytest.raises(CalibrationError, match="more text"):
+        calibrate(small.model(), METHOD, ["hi there"], progress=False)
+
+
+def test_large_seeds_are_fine():
+    made = calibrate(
+        small.model(), METHOD, small.texts(), passages=4, passage_length=64, seed=4_000_000_000, progress=False
+    )
+    assert made.metadata["seed"] == 4_000_000_000
+    assert made.digest != small.calibration_of(METHOD).digest

@@ -163,6 +163,17 @@ def test_chat_messages_go_through_the_template(smollm2):
         (["abc"], {"max_new_tokens": 1023}, CapacityError),
         (["abc" * 10], {"capacity": 32, "max_new_tokens": 8}, CapacityError),
         (["abc"], {"prefill_chunk": 0}, InputError),
+        (["abc"], {"max_new_tokens": 2.5}, InputError),
+        (["abc"], {"stop": ""}, InputError),
+        (["abc"], {"stop": ["x", ""]}, InputError),
+        (["abc"], {"stop_token_ids": [500]}, InputError),
+        (["abc"], {"seeds": [1, 2]}, InputError),
+        (["abc"], {"seeds": [-1]}, InputError),
+        (["abc"], {"seed": 10**20}, InputError),
+        ([[1, 2.5]], {}, InputError),
+        ([[True]], {}, InputError),
+        ([3.5], {}, InputError),
+        (["\ud800"], {}, InputError),
     ],
 )
 def test_what_cannot_be_done_is_one_line(prompts, options, error):
@@ -198,3 +209,41 @@ def test_an_engine_is_kept_for_a_model_and_method():
     assert engine_for(decoder) is engine_for(Decoder(lm.config, vj.FullPrecision(), lm.dtype))
     other = dataclasses.replace(lm.config, num_layers=2)
     assert engine_for(decoder) is not engine_for(Decoder(other, vj.FullPrecision(), lm.dtype))
+
+
+def test_one_stop_text_may_be_given_as_it_is():
+    prompt = small.prompts([12])
+    free = generate(prompt, max_new_tokens=40).texts[0]
+    assert generate(prompt, max_new_tokens=40, stop=free[10:13]).texts[0] == free[: free.find(free[10:13])]
+
+
+def test_the_stop_that_is_complete_first_ends_the_text_however_it_is_cut_into_chunks():
+    prompt = small.prompts([12])
+    free = generate(prompt, max_new_tokens=40).texts[0]
+    # The second text begins earlier and is complete later.
+    stops = [free[8:10], free[6:14]]
+    assert free.find(stops[0]) == 8 and free.find(stops[1]) == 6
+    want = generate(prompt, max_new_tokens=40, stop=stops).texts[0]
+    assert want == free[:8]
+    for chunk in (1, 3, 8, 40):
+        pieces = vj.stream(small.model(), prompt[0], max_new_tokens=40, chunk=chunk, stop=stops)
+        assert "".join(pieces) == want
+
+
+def test_tokens_per_second_counts_decoded_tokens_only():
+    prompts = small.prompts([5, 9, 30])
+    free = generate(prompts, max_new_tokens=16)
+    assert free.stats.sequences == 3
+    assert free.stats.tokens_per_second == pytest.approx((48 - 3) / free.stats.decode_seconds)
+
+
+def test_prompts_may_be_arrays():
+    prompts = small.prompts([5, 9])
+    want = generate(prompts, max_new_tokens=4).tokens
+    assert generate([np.asarray(p) for p in prompts], max_new_tokens=4).tokens == want
+    assert generate(jnp.asarray(prompts[0]), max_new_tokens=4).tokens == want[:1]
+
+
+def test_finite_temperatures_only():
+    with pytest.raises(InputError):
+        vj.Sampling(temperature=float("inf"))

@@ -76,6 +76,14 @@ def test_answers_of_another_job_are_not_mixed_in(source, tmp_path):
         ('{"prompt": "x", "tokens": [1]}', "exactly one"),
         ('{"tokens": [9999]}', "vocabulary"),
         (json.dumps({"prompt": "x" * 2000}), "context"),
+        ('{"tokens": "text"}', "list of token ids"),
+        ('{"tokens": [1.7, true]}', "no token id"),
+        ('{"messages": "hi"}', "list of messages"),
+        ('{"prompt": {"a": 1}}', "must be a text"),
+        ('{"tokens": [1e400]}', "no token id"),
+        ('{"prompt": "fine", "id": "\\ud800"}', "line 2"),
+        ('{"prompt": "\\ud800"}', "UTF-8"),
+        ("[" * 100_000, "line 2"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_is_written(tmp_path, line, message):
@@ -93,3 +101,48 @@ def test_missing_and_empty_inputs_are_refused(tmp_path):
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(InputError, match="no prompts"):
         run_job(small.model(), tmp_path / "empty.jsonl", tmp_path / "a.jsonl", **OPTIONS)
+
+
+@pytest.mark.parametrize("content", ["important notes without a newline", "two lines\nof notes\n", '{"other": 1}\n'])
+def test_a_file_that_is_no_output_of_a_job_stays_as_it_is(source, tmp_path, content):
+    out = tmp_path / "notes.txt"
+    out.write_text(content)
+    with pytest.raises(InputError) as error:
+        run_job(small.model(), source, out, **OPTIONS)
+    assert "\n" not in str(error.value)
+    assert out.read_text() == content
+
+
+def test_the_input_is_never_the_output(source):
+    before = source.read_bytes()
+    with pytest.raises(InputError, match="is the input"):
+        run_job(small.model(), source, source, **OPTIONS)
+    assert source.read_bytes() == before
+
+
+def test_answers_with_another_calibration_are_not_mixed_in(source, tmp_path):
+    from vecinfer_jax.calibration.collect import calibrate
+
+    method = vj.VecInfer(bits=2, residual=4)
+    out, options = tmp_path / "a.jsonl", OPTIONS | {"method": method}
+    run_job(small.model(), source, out, calibration=small.calibration_of(method), **options)
+    other = calibrate(small.model(), method, small.texts(), passages=5, passage_length=64, seed=9, progress=False)
+    with pytest.raises(InputError, match="other prompts, model or settings"):
+        run_job(small.model(), source, out, calibration=other, **options)
+    with pytest.raises(InputError, match="other prompts, model or settings"):
+        run_job(small.model(), source, out, calibration=small.calibration_of(method), logprobs=True, **options)
+
+
+def test_a_json_string_may_hold_any_line_separator(tmp_path):
+    source, out = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+    source.write_text('\ufeff{"prompt": "a\u2028b\x85c"}\n{"prompt": "d"}', encoding="utf-8")
+    assert run_job(small.model(), source, out, **OPTIONS) == 2
+
+
+def test_chat_puts_prompts_through_the_template(smollm2, tmp_path):
+    source, out = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
+    source.write_text('{"prompt": "Say hello."}\n')
+    options = OPTIONS | {"max_new_tokens": 2, "sampling": vj.Sampling()}
+    run_job(smollm2, source, out, chat=True, **options)
+    want = vj.generate(smollm2, [{"role": "user", "content": "Say hello."}], max_new_tokens=2)
+    assert answers(out)[0]["tokens"] == want.tokens[0]

@@ -9,13 +9,13 @@ import dataclasses
 import re
 from typing import Any, ClassVar
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
+from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import write_chunk
 from vecinfer_jax.caches.windowed import WindowedMethod
@@ -225,9 +225,9 @@ class VecInfer(WindowedMethod):
     def read(
         self, store: VecInferStore, layer: LayerShape
     ) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
-        keys = dequantise(store.key_codes, store.key_codebook, layer.head_dim)
-        values = dequantise(store.value_codes, store.value_codebook, layer.head_dim)
-        return self.restore_key(keys, store).astype(layer.dtype), values
+        keys = dequantise(store.key_codes, store.key_codebook, layer.head_dim, layer.dtype)
+        values = dequantise(store.value_codes, store.value_codebook, layer.head_dim, layer.dtype)
+        return self.restore_key(keys, store).astype(layer.dtype), values.astype(layer.dtype)
 
     def attend(
         self, q: Float[Array, "B Hq D"], store: VecInferStore, count: Int[Array, "B"], layer: LayerShape
@@ -278,14 +278,3 @@ def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarr
     factors = np.sqrt(key_abs_max)
     floor = 1e-3 * np.max(factors, axis=-1, keepdims=True)
     return np.maximum(factors, np.maximum(floor, 1e-6)).astype(np.float32)
-
-
-def dequantise(
-    codes: UInt8[Array, "B H S bytes"], codebook: Float[Array, "Hc K d"], head_dim: int
-) -> Float[Array, "B H S D"]:
-    """Centroids of packed codes, in the codebook's dtype."""
-    entries, length = codebook.shape[1:]
-    index = packing.unpack(codes, entries.bit_length() - 1, head_dim // length)
-    book = jnp.broadcast_to(codebook, (codes.shape[1], entries, length))
-    heads = jax.vmap(lambda c, i: c[i], in_axes=(0, 1), out_axes=1)(book, index)
-    return heads.reshape(*codes.shape[:3], head_dim)

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from vecinfer_jax.errors import CalibrationError
+from vecinfer_jax.errors import CalibrationError, InputError
 
 FORMAT = 1
 
@@ -36,25 +36,50 @@ class Calibration:
         """`CacheMethod.calibration_key()` of the methods this serves."""
         return self.metadata["method"]
 
-    def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Writes the artefact; an existing one there is replaced once the new one is whole."""
-        destination = Path(directory).absolute()
+    @property
+    def digest(self) -> str:
+        """A short hash of every array: equal calibrations have equal digests."""
+        return hashlib.sha256(json.dumps(_digests(self._arrays()), sort_keys=True).encode()).hexdigest()[:16]
+
+    def _arrays(self) -> dict[str, dict[str, np.ndarray]]:
         # A layer whose method needs nothing has no arrays.
-        arrays = {_layer_name(i): {k: np.asarray(v) for k, v in a.items()} for i, a in enumerate(self.layers) if a}
+        return {_layer_name(i): {k: np.asarray(v) for k, v in a.items()} for i, a in enumerate(self.layers) if a}
+
+    def save(self, directory: str | os.PathLike[str], *, force: bool = False) -> Path:
+        """Writes the artefact; an older artefact there is replaced once the new one is whole.
+
+        Raises `InputError` where `directory` is something else than an artefact or an empty directory (unless
+        `force`), or cannot be written; what was there then stays.
+        """
+        destination = Path(directory).absolute()
+        if not force:
+            check_destination(destination)
+        arrays = self._arrays()
         metadata = dict(self.metadata) | {
             "format": FORMAT,
             "num_layers": len(self.layers),
             "arrays": _digests(arrays),
         }
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        try:
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            work = Path(tempfile.mkdtemp(prefix=f".{destination.name}.", dir=destination.parent))
+        except OSError as error:
+            raise InputError(f"cannot write {destination}: {error}") from None
+        new, old = work / "new", work / "old"
         try:
             with ocp.StandardCheckpointer() as checkpointer:
-                checkpointer.save(work / "new" / "arrays", arrays)
-            (work / "new" / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
-            if destination.exists():
-                os.replace(destination, work / "old")
-            os.replace(work / "new", destination)
+                checkpointer.save(new / "arrays", arrays)
+            (new / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
+            try:
+                if destination.exists():
+                    os.replace(destination, old)
+                os.replace(new, destination)
+            except BaseException:
+                if old.exists() and not destination.exists():
+                    os.replace(old, destination)
+                raise
+        except OSError as error:
+            raise InputError(f"cannot write {destination}: {error}") from None
         finally:
             shutil.rmtree(work, ignore_errors=True)
         return destination
@@ -72,6 +97,23 @@ class Calibration:
             )
 
 
+def check_destination(directory: str | os.PathLike[str]) -> None:
+    """Raises `InputError` unless an artefact may be saved there: nothing, an empty directory or an artefact."""
+    path = Path(directory).absolute()
+    try:
+        if path.is_dir():
+            free = not any(path.iterdir()) or ((path / "metadata.json").is_file() and (path / "arrays").exists())
+        else:
+            free = not path.exists()
+        # Trying is the only sure way to find out whether a place can be written.
+        with tempfile.TemporaryDirectory(dir=next((p for p in path.parents if p.exists()), path)):
+            pass
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+    if not free:
+        raise InputError(f"{path} exists and is no calibration: choose another directory")
+
+
 def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
     """The metadata of an artefact, without its arrays. Raises `CalibrationError`."""
     path = Path(directory) / "metadata.json"
@@ -80,8 +122,8 @@ def read_metadata(directory: str | os.PathLike[str]) -> dict[str, Any]:
         if metadata["format"] != FORMAT:
             raise CalibrationError(f"{directory}: calibration format {metadata['format']} is not {FORMAT}")
         _ = metadata["model"]["fingerprint"], metadata["method"], metadata["arrays"], metadata["num_layers"]
-    except FileNotFoundError:
-        raise CalibrationError(f"{directory} holds no calibration (metadata.json is missing)") from None
+    except OSError as error:
+        raise CalibrationError(f"{directory} holds no calibration: {path.name}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError) as error:
         raise CalibrationError(f"{path} is damaged ({error!r}): calibrate again") from None
     return metadata
@@ -92,20 +134,21 @@ def read_calibration(directory: str | os.PathLike[str]) -> Calibration:
     metadata = read_metadata(directory)
     digests = metadata["arrays"]
     arrays_path = Path(directory).absolute() / "arrays"
-    template: dict[str, dict[str, jax.ShapeDtypeStruct]] = {}
-    for name, entry in digests.items():
-        layer, _, field = name.partition("/")
-        template.setdefault(layer, {})[field] = jax.ShapeDtypeStruct(tuple(entry["shape"]), entry["dtype"])
     try:
+        template: dict[str, dict[str, np.ndarray]] = {}
+        for name, entry in digests.items():
+            layer, _, field = name.partition("/")
+            template.setdefault(layer, {})[field] = np.zeros(entry["shape"], entry["dtype"])
         with ocp.StandardCheckpointer() as checkpointer:
-            arrays = checkpointer.restore(arrays_path, _on_cpu(template))
+            arrays = checkpointer.restore(arrays_path, template)
         arrays = jax.tree.map(np.asarray, arrays)
         found = _digests(arrays)
+        expected = {name: entry["sha256"] for name, entry in digests.items()}
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise CalibrationError(f"{arrays_path} cannot be read ({reason[0][:120]}): calibrate again") from None
-    for name, entry in digests.items():
-        if found[name]["sha256"] != entry["sha256"]:
+    for name, digest in expected.items():
+        if found[name]["sha256"] != digest:
             raise CalibrationError(f"{directory}: array {name} is not what was saved: calibrate again")
     layers = tuple(arrays.get(_layer_name(i), {}) for i in range(metadata["num_layers"]))
     for index, layer_arrays in enumerate(layers):
@@ -128,11 +171,6 @@ def versions() -> dict[str, str]:
 
 def _layer_name(index: int) -> str:
     return f"layer_{index:03d}"
-
-
-def _on_cpu(template: Any) -> Any:
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), template)
 
 
 def _digests(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[str, Any]]:

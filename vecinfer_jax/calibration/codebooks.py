@@ -4,6 +4,7 @@ import numpy as np
 from jaxtyping import Float
 
 from vecinfer_jax.calibration.kmeans import kmeans
+from vecinfer_jax.errors import CalibrationError
 
 # Sub-vectors that one codebook is fitted to: 128 a centroid for the 256-entry books, at least 32 for larger ones.
 MIN_SAMPLES = 32768
@@ -18,6 +19,10 @@ def codebook_of(
     groups = sub.transpose(1, 0, 2, 3).reshape(heads, -1, length)
     if not per_head:
         groups = groups.reshape(1, -1, length)
+    if groups.shape[1] < entries:
+        raise CalibrationError(
+            f"the calibration text gives {groups.shape[1]} sub-vectors for a codebook of {entries}: give more text"
+        )
     wanted = max(MIN_SAMPLES, 32 * entries)
     if groups.shape[1] > wanted:
         chosen = np.random.default_rng(seed).choice(groups.shape[1], wanted, replace=False)

@@ -16,7 +16,7 @@ from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, versions
 from vecinfer_jax.calibration.statistics import LayerStatistics, Statistics
-from vecinfer_jax.errors import CalibrationError, InputError
+from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
 from vecinfer_jax.models.decoder import Decoder, layer_shape
 
@@ -49,6 +49,13 @@ def calibrate(
     Raises:
         CalibrationError: the text is empty or too short, or an activation is not finite.
     """
+    if passages < 1 or batch < 1:
+        raise InputError(f"passages={passages} and batch={batch} must be 1 or more")
+    if not 2 <= passage_length <= lm.config.max_position:
+        raise InputError(
+            f"passage_length={passage_length} must be from 2 to the model's context of {lm.config.max_position}"
+        )
+    check_seed(seed)
     digest = hashlib.sha256()
     text_name = "given" if texts is not None else DEFAULT_TEXT
     if texts is None:
@@ -70,7 +77,7 @@ def calibrate(
     for index, layer_statistics in shown:
         layer = layer_shape(lm.config, index, lm.dtype)
         fitted = method.for_layer(index, lm.config.num_layers).calibrate_layer(
-            layer, layer_statistics, seed=seed * 1_000_003 + 2 * index
+            layer, layer_statistics, seed=(seed * 1_000_003 + 2 * index) % 2**31
         )
         for field, array in fitted.items():
             if not np.all(np.isfinite(array)):
@@ -153,7 +160,7 @@ def passages_of(lm: LanguageModel, texts: Iterable[str], length: int) -> Iterato
             continue
         buffer += lm.tokenizer.encode(text if first else "\n\n" + text, add_special_tokens=False)
         first = False
-        body = length - len(start)
+        body = max(length - len(start), 1)
         while len(buffer) >= body:
             yield start + buffer[:body]
             buffer = buffer[body:]

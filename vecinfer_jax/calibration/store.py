@@ -11,7 +11,7 @@ from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
 from vecinfer_jax.calibration.collect import calibrate
-from vecinfer_jax.errors import CalibrationError
+from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.models import LanguageModel
 
 
@@ -37,28 +37,34 @@ def resolve_calibration(
         return calibration
     found = find_calibration(lm, method)
     if found is not None:
-        return load_calibration(found, lm, method)
+        return found
     destination = kept_directory(lm, method)
     if progress:
-        print(
-            f"no calibration of {lm.name} for {method.name} yet: calibrating once, kept in {destination}",
-            file=sys.stderr,
-        )
+        _say(f"no calibration of {lm.name} for {method.name} yet: calibrating once, kept in {destination}")
     made = calibrate(lm, method, progress=progress)
-    made.save(destination)
+    try:
+        made.save(destination, force=True)
+    except InputError as error:
+        _say(f"the calibration is used but not kept: {error}")
     return made
 
 
-def find_calibration(lm: LanguageModel, method: CacheMethod) -> Path | None:
-    """A shipped or kept artefact for this model and method, or None."""
+def find_calibration(lm: LanguageModel, method: CacheMethod) -> Calibration | None:
+    """A shipped or kept artefact for this model and method, or None. A damaged one is reported and passed over."""
     key = method.calibration_key()
     kept = kept_directory(lm, method)
-    candidates = [*shipped(), *([kept] if kept.is_dir() else [])]
-    for directory in candidates:
-        metadata = read_metadata(directory)
-        if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key:
-            return directory
+    for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
+        try:
+            metadata = read_metadata(directory)
+            if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key:
+                return load_calibration(directory, lm, method)
+        except CalibrationError as error:
+            _say(f"passed over: {error}")
     return None
+
+
+def _say(message: str) -> None:
+    print(message, file=sys.stderr)
 
 
 def shipped() -> Iterator[Path]:
@@ -76,6 +82,3 @@ def kept_directory(lm: LanguageModel, method: CacheMethod) -> Path:
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", lm.name).strip("-.") or "model"
     return assets.cache_directory() / "calibrations" / f"{name}-{lm.fingerprint}" / f"{method.name}-{digest}"
-
-
-__all__ = ["CalibrationError", "find_calibration", "load_calibration", "resolve_calibration", "shipped"]

@@ -62,8 +62,8 @@ def round_up(value: int, step: int) -> int:
 
 def check_capacity(longest_prompt: int, new_tokens: int, capacity: int | None, max_position: int) -> int:
     """The capacity to allocate; raises `CapacityError` where the tokens cannot fit."""
-    if new_tokens < 1:
-        raise InputError(f"max_new_tokens={new_tokens} must be 1 or more")
+    if not isinstance(new_tokens, int) or new_tokens < 1:
+        raise InputError(f"max_new_tokens={new_tokens} must be a whole number, 1 or more")
     needed = longest_prompt + new_tokens
     if needed > max_position:
         raise CapacityError(
@@ -95,7 +95,14 @@ class Engine:
     def init_caches(self, calibration: Any, batch: int, capacity: int) -> Any:
         """Empty caches of every layer."""
         init = functools.partial(_init_caches, self.decoder, batch, capacity)
-        return self._call(("init", batch, capacity), init, (), calibration)
+        try:
+            return self._call(("init", batch, capacity), init, (), calibration)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error) and "allocate" not in str(error):
+                raise
+            raise CapacityError(
+                f"a cache of {batch} x {capacity} tokens does not fit the device's memory: lower the batch or capacity"
+            ) from None
 
     def prefill(
         self, params: Any, caches: Any, tokens: np.ndarray, lengths: np.ndarray, chunk: int | None = None
@@ -157,7 +164,7 @@ class Engine:
 
     def _call(self, name: Any, function: Callable[..., Any], donate: tuple[int, ...], *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
-        signature = (name, tree, tuple((np.shape(x), jnp.result_type(x)) for x in leaves))
+        signature = (name, tree, tuple((np.shape(x), jnp.result_type(x), _placement(x)) for x in leaves))
         program = self._programs.get(signature)
         if program is None:
             begin = time.perf_counter()
@@ -165,6 +172,11 @@ class Engine:
             self.compile_seconds += time.perf_counter() - begin
             self._programs[signature] = program
         return program(*args)
+
+
+def _placement(x: Any) -> Any:
+    """Where an array was put on purpose: a program is compiled for the placement of its inputs."""
+    return x.sharding if getattr(x, "committed", False) else None
 
 
 @functools.lru_cache(maxsize=8)

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from vecinfer_jax.caches.base import CacheMethod, allocated_bytes
+from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
-from vecinfer_jax.errors import InputError
+from vecinfer_jax.errors import InputError, check_seed
 from vecinfer_jax.generation.engine import DecodeState, Engine, bucket, check_capacity, engine_for, round_up
 from vecinfer_jax.generation.sampling import Sampling
 from vecinfer_jax.models import LanguageModel
@@ -25,6 +26,30 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 # Decoding looks at the text this often when stop strings are given.
 STOP_CHECK = 16
 TOKEN_BUFFER_STEP = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+    """What `generate` and `stream` take alike; see `generate`."""
+
+    method: CacheMethod | None = None
+    calibration: Calibration | None = None
+    max_new_tokens: int = 128
+    sampling: Sampling | None = None
+    seed: int = 0
+    stop: Sequence[str] | str = ()
+    stop_token_ids: Sequence[int] | None = None
+    capacity: int | None = None
+    prefill_chunk: int | None = None
+    progress: bool = True
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The stop strings; one string is one stop."""
+        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
+        if any(not isinstance(text, str) or not text for text in stops):
+            raise InputError("a stop text is empty: give at least one character, or leave stop out")
+        return stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,13 +66,14 @@ class GenerationStats:
     prompt_tokens: int
     new_tokens: int
     decode_steps: int
+    sequences: int
     capacity: int
     cache_bytes: Mapping[str, int]
 
     @property
     def tokens_per_second(self) -> float:
         """Decoded tokens of all sequences a second (the first of each comes from the prefill)."""
-        decoded = self.new_tokens * self.decode_steps / max(self.decode_steps + 1, 1)
+        decoded = self.new_tokens - self.sequences
         return decoded / self.decode_seconds if self.decode_seconds > 0 else 0.0
 
 
@@ -112,7 +138,7 @@ def generate(
     max_new_tokens: int = 128,
     sampling: Sampling | None = None,
     seed: int = 0,
-    stop: Sequence[str] = (),
+    stop: Sequence[str] | str = (),
     stop_token_ids: Sequence[int] | None = None,
     capacity: int | None = None,
     prefill_chunk: int | None = None,
@@ -142,17 +168,18 @@ def generate(
     Raises:
         InputError: an empty prompt, an unknown setting. CapacityError: a prompt longer than fits.
     """
-    prompts = _as_list(prompts)
-    run = _prefill(
-        lm, prompts, method, calibration, max_new_tokens, sampling, seed, stop_token_ids, capacity,
-        prefill_chunk, batch_size, seeds, progress,
-    )  # fmt: skip
+    options = _Options(
+        method, calibration, max_new_tokens, sampling, seed, stop, stop_token_ids, capacity, prefill_chunk, progress
+    )
+    stops = options.stops
+    run = _prefill(lm, _as_list(prompts), options, batch_size, seeds)
     cut: dict[int, tuple[int, str]] = {}
-    step = 1
+    searched = 0
     while True:
         tokens, _, done, step = run.rows()
-        if stop:
-            found = _find_stops(lm, tokens, stop, cut)
+        if stops:
+            found = _find_stops(lm, tokens, stops, searched, cut)
+            searched = step
             if found:
                 mask = np.zeros(run.state.done.shape, bool)
                 mask[found] = True
@@ -160,50 +187,42 @@ def generate(
                 done = done | mask[: len(done)]
         if done.all() or step >= max_new_tokens:
             break
-        run.advance(min(step + STOP_CHECK, max_new_tokens) if stop else max_new_tokens)
+        run.advance(min(step + STOP_CHECK, max_new_tokens) if stops else max_new_tokens)
     return _collect(lm, run, cut, max_new_tokens)
 
 
-def stream(
-    lm: LanguageModel, prompt: Prompt, *, chunk: int = 8, max_new_tokens: int = 128, **options: Any
-) -> Iterator[str]:
+def stream(lm: LanguageModel, prompt: Prompt, *, chunk: int = 8, **options: Any) -> Iterator[str]:
     """Yields pieces of the continuation, `chunk` tokens at a time; together they are `generate`'s text.
 
-    Takes `generate`'s options except `batch_size` and `seeds`.
+    Takes `generate`'s options except `batch_size` and `seeds`. Raises as `generate` does, before anything runs.
     """
-    stop = tuple(options.pop("stop", ()))
-    run = _prefill(
-        lm,
-        [prompt],
-        options.pop("method", None),
-        options.pop("calibration", None),
-        max_new_tokens,
-        options.pop("sampling", None),
-        options.pop("seed", 0),
-        options.pop("stop_token_ids", None),
-        options.pop("capacity", None),
-        options.pop("prefill_chunk", None),
-        None,
-        None,
-        options.pop("progress", True),
-    )
-    if options:
-        raise InputError(f"stream: unknown options {', '.join(sorted(options))}")
+    known = {field.name for field in dataclasses.fields(_Options)}
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise InputError(f"stream has no option {unknown[0]!r}; it takes {', '.join(sorted(known))}")
+    if not isinstance(chunk, int) or chunk < 1:
+        raise InputError(f"chunk={chunk} must be a whole number of tokens, 1 or more")
+    return _stream(lm, prompt, chunk, _Options(**options))
+
+
+def _stream(lm: LanguageModel, prompt: Prompt, chunk: int, options: _Options) -> Iterator[str]:
+    stops = options.stops
     decoder = IncrementalDecoder(_tokenizer(lm))
+    run = _prefill(lm, [prompt], options, None, None)
+    hold = max((len(text) for text in stops), default=1) - 1
     shown, pending = 0, ""
-    hold = max((len(s) for s in stop), default=1) - 1
     while True:
         tokens, _, done, step = run.rows()
-        row = tokens[0]
-        fresh = [int(t) for t in row[shown:step] if t >= 0]
+        finished = bool(done[0]) or step >= options.max_new_tokens
+        pieces = [decoder.push([int(token)]) for token in tokens[0][shown:step] if token >= 0]
         shown = step
-        finished = bool(done[0]) or step >= max_new_tokens
-        pending += decoder.push(fresh) + (decoder.finish() if finished else "")
-        at = min((i for i in (pending.find(s) for s in stop) if i >= 0), default=-1)
-        if at >= 0:
-            if pending[:at]:
-                yield pending[:at]
-            return
+        for piece in [*pieces, decoder.finish()] if finished else pieces:
+            pending += piece
+            at = _first_of(pending, stops)
+            if at is not None:
+                if pending[:at]:
+                    yield pending[:at]
+                return
         # Text that may be the beginning of a stop string is held back.
         ready = pending if finished or not hold else pending[:-hold]
         if ready:
@@ -211,31 +230,50 @@ def stream(
             pending = pending[len(ready) :]
         if finished:
             return
-        run.advance(min(step + chunk, max_new_tokens))
+        run.advance(min(step + chunk, options.max_new_tokens))
 
 
-def encode_prompt(lm: LanguageModel, prompt: Prompt) -> list[int]:
-    """Token ids of a text, of chat messages (through the chat template), or the ids themselves."""
+def encode_prompt(lm: LanguageModel, prompt: Any) -> list[int]:
+    """Token ids of a text, of chat messages (through the chat template), or the ids themselves.
+
+    Raises `InputError` for an empty prompt, one that is none of these, and ids outside the vocabulary.
+    """
+    if isinstance(prompt, np.ndarray | jax.Array):
+        prompt = np.asarray(prompt).tolist()
     if isinstance(prompt, str):
-        ids = _tokenizer(lm).encode(prompt)
-        if not prompt:
-            ids = []
+        _check_text(prompt)
+        ids = _tokenizer(lm).encode(prompt) if prompt else []
+    elif not isinstance(prompt, Sequence):
+        raise InputError(f"a prompt is a text, a list of token ids or a list of messages, not {type(prompt).__name__}")
     elif prompt and isinstance(prompt[0], Mapping):
         text = _tokenizer(lm).apply_chat_template(list(prompt))
+        _check_text(text)
         ids = _tokenizer(lm).encode(text, add_special_tokens=False)
     else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type, call-overload]
-        bad = [token for token in ids if not 0 <= token < lm.config.vocab_size]
-        if bad:
-            raise InputError(f"token id {bad[0]} is outside the vocabulary of {lm.config.vocab_size}")
+        ids = []
+        for token in prompt:
+            if isinstance(token, bool) or not isinstance(token, int | np.integer):
+                raise InputError(f"{token!r} is no token id: give whole numbers")
+            if not 0 <= token < lm.config.vocab_size:
+                raise InputError(f"token id {token} is outside the vocabulary of {lm.config.vocab_size}")
+            ids.append(int(token))
     if not ids:
         raise InputError("the prompt is empty: give it at least one token of text")
     return ids
 
 
+def _check_text(text: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError("the prompt is not valid UTF-8: give it as UTF-8 text") from None
+
+
 def _as_list(prompts: Any) -> list[Prompt]:
     if isinstance(prompts, str):
         return [prompts]
+    if isinstance(prompts, np.ndarray | jax.Array):
+        prompts = np.asarray(prompts).tolist()
     prompts = list(prompts)
     if not prompts:
         raise InputError("no prompts were given")
@@ -254,28 +292,26 @@ def _tokenizer(lm: LanguageModel) -> Any:
 def _prefill(
     lm: LanguageModel,
     prompts: list[Prompt],
-    method: CacheMethod | None,
-    calibration: Calibration | None,
-    max_new_tokens: int,
-    sampling: Sampling | None,
-    seed: int,
-    stop_token_ids: Sequence[int] | None,
-    capacity: int | None,
-    prefill_chunk: int | None,
+    options: _Options,
     batch_size: int | None,
     seeds: Sequence[int] | None,
-    progress: bool,
 ) -> _Run:
-    from vecinfer_jax.caches.full_precision import FullPrecision
-
-    method = method or FullPrecision()
-    sampling = sampling or Sampling()
+    method = options.method or FullPrecision()
+    sampling = options.sampling or Sampling()
+    max_new_tokens, prefill_chunk = options.max_new_tokens, options.prefill_chunk
+    check_seed(options.seed)
     encoded = [encode_prompt(lm, prompt) for prompt in prompts]
     longest = max(len(ids) for ids in encoded)
-    capacity = check_capacity(longest, max_new_tokens, capacity, lm.config.max_position)
+    capacity = check_capacity(longest, max_new_tokens, options.capacity, lm.config.max_position)
     if prefill_chunk is not None and prefill_chunk < 1:
         raise InputError(f"prefill_chunk={prefill_chunk} must be 1 or more")
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    places = list(range(len(encoded))) if seeds is None else list(seeds)
+    if len(places) != len(encoded) or any(not 0 <= place < 2**32 for place in places):
+        raise InputError(f"seeds must be {len(encoded)} whole numbers, one a prompt, from 0 to {2**32 - 1}")
+    stop_ids = lm.config.eos_token_ids if options.stop_token_ids is None else list(options.stop_token_ids)
+    if any(not 0 <= token < lm.config.vocab_size for token in stop_ids):
+        raise InputError(f"a stop token id is outside the vocabulary of {lm.config.vocab_size}")
+    calibration = resolve_calibration(lm, method, options.calibration, progress=options.progress)
     rows = max(batch_size or 0, len(encoded))
     width = min(bucket(longest), capacity)
     tokens = np.zeros((rows, width), np.int32)
@@ -283,11 +319,10 @@ def _prefill(
     for i, ids in enumerate(encoded):
         tokens[i, : len(ids)], lengths[i] = ids, len(ids)
     wanted = np.arange(rows) < len(encoded)
-    if stop_token_ids is None:
-        stop_token_ids = lm.config.eos_token_ids
-    stops = jnp.asarray([*stop_token_ids] or [-1], jnp.int32)
-    places = list(range(rows)) if seeds is None else [*seeds, *([0] * (rows - len(encoded)))]
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.asarray(places, jnp.uint32))
+    stops = jnp.asarray([*stop_ids] or [-1], jnp.int32)
+    places += [0] * (rows - len(encoded))
+    base = jax.random.key(options.seed)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.asarray(places, jnp.uint32))
 
     engine = engine_for(Decoder(lm.config, method, lm.dtype))
     params = fold_values(lm, method, calibration)
@@ -304,23 +339,31 @@ def _prefill(
 
 
 def _find_stops(
-    lm: LanguageModel, tokens: np.ndarray, stop: Sequence[str], cut: dict[int, tuple[int, str]]
+    lm: LanguageModel, tokens: np.ndarray, stops: tuple[str, ...], searched: int, cut: dict[int, tuple[int, str]]
 ) -> list[int]:
-    """Rows whose text now contains a stop string; `cut` records how many tokens and what text are kept."""
+    """Rows whose text has come to contain a stop string since `searched` tokens.
+
+    `cut` records, per row, the number of tokens with which the first one was complete and the text before it.
+    """
     found = []
     tokenizer = _tokenizer(lm)
     for row in range(tokens.shape[0]):
-        if row in cut:
+        ids = [int(token) for token in tokens[row] if token >= 0]
+        if row in cut or _first_of(tokenizer.decode(ids), stops) is None:
             continue
-        ids = [int(t) for t in tokens[row] if t >= 0]
-        text = tokenizer.decode(ids)
-        at = min((i for i in (text.find(s) for s in stop) if i >= 0), default=-1)
-        if at < 0:
-            continue
-        kept = next(n for n in range(1, len(ids) + 1) if any(s in tokenizer.decode(ids[:n]) for s in stop))
-        cut[row] = (kept, text[:at])
-        found.append(row)
+        for count in range(searched + 1, len(ids) + 1):
+            text = tokenizer.decode(ids[:count])
+            at = _first_of(text, stops)
+            if at is not None:
+                cut[row] = (count, text[:at])
+                found.append(row)
+                break
     return found
+
+
+def _first_of(text: str, stops: tuple[str, ...]) -> int | None:
+    """Where the first of the stop strings begins in a text."""
+    return min((at for at in (text.find(stop) for stop in stops) if at >= 0), default=None)
 
 
 def _collect(lm: LanguageModel, run: _Run, cut: dict[int, tuple[int, str]], max_new_tokens: int) -> Generation:
@@ -338,6 +381,7 @@ def _collect(lm: LanguageModel, run: _Run, cut: dict[int, tuple[int, str]], max_
         prompt_tokens=sum(len(p) for p in run.prompts),
         new_tokens=sum(len(row) for row in ids),
         decode_steps=step - 1,
+        sequences=len(ids),
         capacity=run.capacity,
         cache_bytes=allocated_bytes(run.state.caches),
     )

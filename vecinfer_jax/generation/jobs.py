@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod
@@ -17,6 +18,9 @@ from vecinfer_jax.generation.engine import check_capacity
 from vecinfer_jax.generation.generate import encode_prompt, generate
 from vecinfer_jax.generation.sampling import Sampling
 from vecinfer_jax.models import LanguageModel
+
+# How every answer begins: what stands after the last whole line is only removed if it begins like this.
+_ANSWER_START = b'{"index": '
 
 
 def run_job(
@@ -32,15 +36,16 @@ def run_job(
     seed: int = 0,
     stop: Sequence[str] = (),
     logprobs: bool = False,
+    chat: bool = False,
     progress: bool = True,
 ) -> int:
     """Generates for every line of `source` that `destination` has no answer to; returns how many it did.
 
     A line of the source is {"prompt": text}, {"messages": [...]} or {"tokens": [...]}, with any "id" copied to the
-    answer. A line of the destination is {"index", "id", "text", "tokens", "finish_reason", "run"} and, if asked
-    for, "logprobs". `index` is the line of the source, and decides with `seed` what is random, so an interrupted
-    job ends with the answers of an uninterrupted one. `run` is a digest of prompt and settings: an answer made
-    with others is never taken for one of this job.
+    answer; with `chat`, a "prompt" goes through the chat template as a user's message. A line of the destination is
+    {"index", "id", "text", "tokens", "finish_reason", "run"} and, if asked for, "logprobs". `index` is the line of the
+    source, and decides with `seed` what is random, so an interrupted job ends with the answers of an uninterrupted
+    one. `run` is a digest of prompt and settings: an answer made with others is never taken for one of this job.
 
     Raises:
         InputError: a bad line (by number; nothing is generated then), or answers of another job in `destination`.
@@ -48,21 +53,27 @@ def run_job(
     sampling = sampling or Sampling()
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be 1 or more")
+    destination = Path(destination)
+    if destination.exists() and destination.samefile(source):
+        raise InputError(f"{destination} is the input: choose another output")
+    records = _read_prompts(lm, Path(source), max_new_tokens, chat)
+    calibration = resolve_calibration(lm, method, calibration, progress=progress)
     settings = {
         "model": lm.fingerprint,
+        "dtype": str(jnp.dtype(lm.dtype)),
         "method": repr(method),
+        "calibration": calibration.digest,
         "max_new_tokens": max_new_tokens,
         "sampling": repr(sampling),
         "seed": seed,
-        "stop": list(stop),
+        "stop": [stop] if isinstance(stop, str) else list(stop),
+        "logprobs": logprobs,
     }
-    records = _read_prompts(lm, Path(source), max_new_tokens)
     digests = [_digest(settings, ids) for _, ids in records]
-    done = _read_answers(Path(destination), digests)
+    done = _read_answers(destination, digests)
     todo = [index for index in range(len(records)) if index not in done]
     if not todo:
         return 0
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
     with (
         open(destination, "a", encoding="utf-8") as out,
         tqdm(total=len(records), initial=len(done), desc="prompts", disable=not progress) as bar,
@@ -100,31 +111,47 @@ def run_job(
     return len(todo)
 
 
-def _read_prompts(lm: LanguageModel, path: Path, max_new_tokens: int) -> list[tuple[Any, list[int]]]:
+def _read_prompts(lm: LanguageModel, path: Path, max_new_tokens: int, chat: bool) -> list[tuple[Any, list[int]]]:
     """(id, token ids) of every line; all are checked before anything runs."""
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(): a JSON string may hold other characters that end a line.
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read {path}: {error}") from None
+    if lines == [""]:
+        lines = []
     records: list[tuple[Any, list[int]]] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise InputError(f"{path}, line {number} is empty: give one JSON object a line")
         try:
             record = json.loads(line)
-            if not isinstance(record, Mapping):
-                raise InputError("not a JSON object")
-            given = [key for key in ("prompt", "messages", "tokens") if key in record]
-            if len(given) != 1:
-                raise InputError('give exactly one of "prompt", "messages" and "tokens"')
-            ids = encode_prompt(lm, record[given[0]])
+            ids = encode_prompt(lm, _prompt_of(record, chat))
             check_capacity(len(ids), max_new_tokens, None, lm.config.max_position)
-        except (ValueError, TypeError, VecInferError) as error:
+            json.dumps(record.get("id"), ensure_ascii=False).encode("utf-8")
+        except (ValueError, TypeError, OverflowError, RecursionError, VecInferError) as error:
             raise InputError(f"{path}, line {number}: {error}") from None
         records.append((record.get("id"), ids))
     if not records:
         raise InputError(f"{path} holds no prompts: give one JSON object a line")
     return records
+
+
+def _prompt_of(record: Any, chat: bool) -> Any:
+    """The prompt of one line, of the type that its key promises."""
+    if not isinstance(record, dict):
+        raise InputError("not a JSON object")
+    given = [key for key in ("prompt", "messages", "tokens") if key in record]
+    if len(given) != 1:
+        raise InputError('give exactly one of "prompt", "messages" and "tokens"')
+    key, value = given[0], record[given[0]]
+    if key == "prompt":
+        if not isinstance(value, str):
+            raise InputError('"prompt" must be a text')
+        return [{"role": "user", "content": value}] if chat and value else value
+    if not isinstance(value, list) or (key == "messages" and not all(isinstance(m, dict) for m in value)):
+        raise InputError(f'"{key}" must be a list of ' + ("messages" if key == "messages" else "token ids"))
+    return value
 
 
 def _read_answers(path: Path, digests: list[str]) -> set[int]:
@@ -134,7 +161,10 @@ def _read_answers(path: Path, digests: list[str]) -> set[int]:
     done: set[int] = set()
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
-    for number, line in enumerate(whole.splitlines(), 1):
+    start = content[len(whole) :][: len(_ANSWER_START)]
+    if not _ANSWER_START.startswith(start):
+        raise InputError(f"{path} does not end like the output of a job: choose another output")
+    for number, line in enumerate(whole.split(b"\n")[:-1], 1):
         try:
             answer = json.loads(line)
             index, run = answer["index"], answer["run"]

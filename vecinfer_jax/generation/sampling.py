@@ -24,10 +24,10 @@ class Sampling:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise InputError(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise InputError(f"top_k={self.top_k} must be 0 (no limit) or more")
+        if not 0 <= self.temperature < float("inf"):
+            raise InputError(f"temperature={self.temperature} must be a number, 0 (greedy) or more")
+        if not 0 <= self.top_k < 2**31:
+            raise InputError(f"top_k={self.top_k} must be 0 (no limit) or more, below 2**31")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p={self.top_p} must be above 0 and at most 1")
         if not 0 <= self.min_p <= 1:
