@@ -237,7 +237,7 @@ def evaluate_perplexity(
         content,
         length=length,
         windows=windows,
-        prefill=prefill,  # type: ignore[arg-type]
+        prefill=prefill,
         progress=not quiet,
     )
     if json_out is None or str(json_out) != "-":

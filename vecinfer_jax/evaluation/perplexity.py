@@ -62,7 +62,7 @@ def perplexity(
     *,
     length: int = 1024,
     windows: int | None = None,
-    prefill: ReadMode = "coded",
+    prefill: str = "coded",
     progress: bool = True,
 ) -> PerplexityResult:
     """Scores the first `windows` non-overlapping windows of `length` tokens of a text (all whole ones by default).
@@ -101,7 +101,7 @@ def perplexity(
                 params,
                 tokens,
                 calibration.layers,
-                prefill,
+                "coded" if prefill == "coded" else "exact",
             )
         decoder = Decoder(lm.config, method, lm.dtype)
         totals += np.asarray(_compare(decoder, lm.params, hidden, reference, tokens, 1))
