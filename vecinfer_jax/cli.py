@@ -27,7 +27,7 @@ app.add_typer(evaluate_app, name="evaluate")
 
 Model = Annotated[str, typer.Option(help="A known name, a Hugging Face or Orbax directory, or a .gguf file.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")]
-Method = Annotated[str, typer.Option(help="How keys and values are kept: full, vecinfer.")]
+Method = Annotated[str, typer.Option(help="How keys and values are kept; an unknown name lists those there are.")]
 Bits = Annotated[float | None, typer.Option(help="Average bits an element (vecinfer: 4, 3, 2, 1.5, 1.25, 1).")]
 Key = Annotated[str | None, typer.Option(help="Code format of the keys, such as d4b10.")]
 Value = Annotated[str | None, typer.Option(help="Code format of the values, such as d8b12.")]

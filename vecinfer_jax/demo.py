@@ -50,10 +50,10 @@ def run(method: CacheMethod, max_new_tokens: int) -> None:
     full, coded = answer(FullPrecision()), answer(method)
     device = jax.devices()[0].device_kind
     print(f"\n{lm.name} on {device}, {full.stats.prompt_tokens} prompt tokens, greedy\n")
-    for title, out in (("full precision", full), (f"{method.name} {_bits(lm, method)}", coded)):
+    shown = (("full precision", full), (f"{method.name} {_bits(lm, method)}", coded))
+    for title, out in shown:
         print(f"== {title} ==\n{out.texts[0].strip()}\n")
 
-    shown = (("full precision", full), (f"{method.name} {_bits(lm, method)}", coded))
     print(f"{'cache':18} {'codes':>10} {'window':>10} {'codebooks':>10} {'allocated':>10} {'tokens/s':>9}")
     for title, out in shown:
         size = out.stats.cache_bytes

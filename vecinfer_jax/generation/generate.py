@@ -43,13 +43,13 @@ class _Options:
     prefill_chunk: int | None = None
     progress: bool = True
 
-    @property
-    def stops(self) -> tuple[str, ...]:
-        """The stop strings; one string is one stop."""
-        stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
-        if any(not isinstance(text, str) or not text for text in stops):
-            raise InputError("a stop text is empty: give at least one character, or leave stop out")
-        return stops
+
+def stop_texts(stop: Sequence[str] | str) -> tuple[str, ...]:
+    """The stop strings, one string being one of them. Raises `InputError` for an empty one."""
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if any(not isinstance(text, str) or not text for text in stops):
+        raise InputError("a stop text is empty: give at least one character, or leave stop out")
+    return stops
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ def generate(
     options = _Options(
         method, calibration, max_new_tokens, sampling, seed, stop, stop_token_ids, capacity, prefill_chunk, progress
     )
-    stops = options.stops
+    stops = stop_texts(stop)
     run = _prefill(lm, _as_list(prompts), options, batch_size, seeds)
     cut: dict[int, tuple[int, str]] = {}
     searched = 0
@@ -206,7 +206,7 @@ def stream(lm: LanguageModel, prompt: Prompt, *, chunk: int = 8, **options: Any)
 
 
 def _stream(lm: LanguageModel, prompt: Prompt, chunk: int, options: _Options) -> Iterator[str]:
-    stops = options.stops
+    stops = stop_texts(options.stop)
     decoder = IncrementalDecoder(_tokenizer(lm))
     run = _prefill(lm, [prompt], options, None, None)
     hold = max((len(text) for text in stops), default=1) - 1

@@ -15,7 +15,7 @@ from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import InputError, VecInferError
 from vecinfer_jax.generation.engine import check_capacity
-from vecinfer_jax.generation.generate import encode_prompt, generate
+from vecinfer_jax.generation.generate import encode_prompt, generate, stop_texts
 from vecinfer_jax.generation.sampling import Sampling
 from vecinfer_jax.models import LanguageModel
 
@@ -66,7 +66,7 @@ def run_job(
         "max_new_tokens": max_new_tokens,
         "sampling": repr(sampling),
         "seed": seed,
-        "stop": [stop] if isinstance(stop, str) else list(stop),
+        "stop": stop_texts(stop),
         "logprobs": logprobs,
     }
     digests = [_digest(settings, ids) for _, ids in records]
