@@ -9,6 +9,7 @@ differ only by what the cache costs.
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,15 +18,15 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 from tqdm import tqdm
 
-from vecinfer_jax.caches.base import CacheMethod, ReadMode
+from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CapacityError, InputError
-from vecinfer_jax.generation.engine import Engine
 from vecinfer_jax.models import LanguageModel
-from vecinfer_jax.models.decoder import Decoder, layer_shape
-from vecinfer_jax.models.folding import fold_values
+from vecinfer_jax.models.config import ModelConfig
+from vecinfer_jax.models.decoder import layer_shape
+from vecinfer_jax.models.layerwise import Layerwise, head_of, unembed
 
 # Rows of the [tokens, vocabulary] logits that exist at one time.
 LOGIT_ROWS = 256
@@ -63,16 +64,57 @@ def perplexity(
     length: int = 1024,
     windows: int | None = None,
     prefill: str = "coded",
+    reference: Sequence[Float[np.ndarray, "T hidden"]] | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
     """Scores the first `windows` non-overlapping windows of `length` tokens of a text (all whole ones by default).
+
+    `reference`: what `full_precision_hidden` gave for the same model and windows, where several methods are compared.
 
     Raises:
         InputError: the text is shorter than one window. CapacityError: length exceeds the model's context.
     """
     method = method or FullPrecision()
+    check_prefill(prefill)
+    texts = text_windows(lm, text, length, windows)
+    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    if reference is not None and [r.shape for r in reference] != [(length, lm.config.hidden_size)] * len(texts):
+        raise InputError("reference is of other windows: compute it with full_precision_hidden for these")
+    full = Layerwise(lm)
+    ours = Layerwise(lm, method, calibration)
+    compare = functools.partial(_compare, lm.config, jnp.dtype(lm.dtype), head_of(lm.params))
+
+    totals = np.zeros(4, np.float64)
+    for index, tokens in enumerate(tqdm(texts, "windows", disable=not progress, unit="window")):
+        expected = full.hidden(tokens[None])[0] if reference is None else jnp.asarray(reference[index])
+        if isinstance(method, FullPrecision):
+            hidden = expected
+        else:
+            hidden = ours.hidden(tokens[None], read="coded" if prefill == "coded" else "exact")[0]
+        totals += np.asarray(compare(hidden, expected, jnp.asarray(tokens), 1))
+    predictions = len(texts) * (length - 1)
+    nll, full_nll, kl, agree = totals / predictions
+    return PerplexityResult(
+        perplexity=math.exp(nll),
+        full_perplexity=math.exp(full_nll),
+        kl=float(kl),
+        top1_agreement=float(agree),
+        bits_per_element=bits_per_element(lm, method),
+        windows=len(texts),
+        length=length,
+        predictions=predictions,
+        prefill=prefill,
+    )
+
+
+def check_prefill(prefill: str) -> None:
+    """Raises `InputError` unless `prefill` is "coded" or "exact"."""
     if prefill not in ("coded", "exact"):
         raise InputError(f"prefill={prefill!r} is unknown; choose coded or exact")
+
+
+def text_windows(lm: LanguageModel, text: str, length: int, windows: int | None) -> Int[np.ndarray, "W T"]:
+    """The first non-overlapping windows of `length` tokens of a text; raises as `perplexity` does."""
     if length < 2:
         raise InputError(f"length={length} must be 2 or more")
     if length > lm.config.max_position:
@@ -86,38 +128,16 @@ def perplexity(
     if windows is not None and not 1 <= windows <= available:
         raise InputError(f"windows={windows}: the text has {available} windows of {length} tokens")
     count = windows or available
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
-    params = fold_values(lm, method, calibration)
+    return np.asarray(ids[: count * length], np.int32).reshape(count, length)
 
-    totals = np.zeros(4, np.float64)
-    for index in tqdm(range(count), "windows", disable=not progress, unit="window"):
-        tokens = jnp.asarray(ids[index * length : (index + 1) * length], jnp.int32)[None]
-        reference = _hidden(Decoder(lm.config, FullPrecision(), lm.dtype), lm.params, tokens, None, "exact")
-        if isinstance(method, FullPrecision):
-            hidden = reference
-        else:
-            hidden = _hidden(
-                Decoder(lm.config, method, lm.dtype),
-                params,
-                tokens,
-                calibration.layers,
-                "coded" if prefill == "coded" else "exact",
-            )
-        decoder = Decoder(lm.config, method, lm.dtype)
-        totals += np.asarray(_compare(decoder, lm.params, hidden, reference, tokens, 1))
-    predictions = count * (length - 1)
-    nll, full_nll, kl, agree = totals / predictions
-    return PerplexityResult(
-        perplexity=math.exp(nll),
-        full_perplexity=math.exp(full_nll),
-        kl=float(kl),
-        top1_agreement=float(agree),
-        bits_per_element=bits_per_element(lm, method),
-        windows=count,
-        length=length,
-        predictions=predictions,
-        prefill=prefill,
-    )
+
+def full_precision_hidden(
+    lm: LanguageModel, texts: Int[np.ndarray, "W T"], *, progress: bool = True
+) -> list[Float[np.ndarray, "T hidden"]]:
+    """The last layer's output of each window with the full-precision cache."""
+    full = Layerwise(lm)
+    shown = tqdm(texts, "full precision", disable=not progress, unit="window")
+    return [np.asarray(full.hidden(tokens[None])[0]) for tokens in shown]
 
 
 def bits_per_element(lm: LanguageModel, method: CacheMethod) -> float:
@@ -127,35 +147,21 @@ def bits_per_element(lm: LanguageModel, method: CacheMethod) -> float:
     return sum(bits) / n
 
 
-@functools.partial(jax.jit, static_argnames=("decoder", "read"))
-def _hidden(
-    decoder: Decoder, params: Any, tokens: Int[Array, "1 T"], calibration: Any, read: ReadMode
-) -> Float[Array, "1 T hidden"]:
-    n = decoder.config.num_layers
-    caches = tuple(
-        decoder.method.for_layer(i, n).init(
-            decoder.layer_shape(i), 1, tokens.shape[1], calibration[i] if calibration is not None else None
-        )
-        for i in range(n)
-    )
-    positions = jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
-    return decoder.apply({"params": params}, tokens, positions, caches, read=read, logits="hidden")[0]
-
-
-@functools.partial(jax.jit, static_argnames="decoder")
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _compare(
-    decoder: Decoder,
-    params: Any,
-    hidden: jax.Array,
-    reference: jax.Array,
-    tokens: Int[Array, "1 T"],
+    config: ModelConfig,
+    dtype: Any,
+    head: Any,
+    hidden: Float[Array, "T hidden"],
+    reference: Float[Array, "T hidden"],
+    tokens: Int[Array, "T"],
     start: Int[Array, ""] | int,
 ) -> Float32[Array, "4"]:
     """Sums over the predictions of tokens[start:] of nll, reference nll, KL(reference || ours), agreement.
 
     Logits exist a block of rows at a time.
     """
-    predictions = tokens.shape[1] - 1
+    predictions = tokens.shape[0] - 1
     padding = -predictions % LOGIT_ROWS
 
     def rows(x: jax.Array) -> jax.Array:
@@ -164,7 +170,7 @@ def _compare(
 
     def block(args: tuple[jax.Array, ...]) -> jax.Array:
         ours, full, target, counts = args
-        p, r = _logprobs(decoder, params, ours), _logprobs(decoder, params, full)
+        p, r = (jax.nn.log_softmax(unembed(config, dtype, head, x)) for x in (ours, full))
         at = target[:, None]
         measures = jnp.stack(
             [
@@ -177,24 +183,20 @@ def _compare(
         return jnp.sum(jnp.where(counts, measures, 0.0), axis=1)
 
     counts = rows(jnp.arange(1, predictions + 1) >= start)
-    blocks = (rows(hidden[0, :-1]), rows(reference[0, :-1]), rows(tokens[0, 1:]), counts)
+    blocks = (rows(hidden[:-1]), rows(reference[:-1]), rows(tokens[1:]), counts)
     return jnp.sum(jax.lax.map(block, blocks), axis=0)
-
-
-def _logprobs(decoder: Decoder, params: Any, hidden: Float[Array, "T hidden"]) -> Float32[Array, "T V"]:
-    logits: Any = decoder.apply({"params": params}, hidden, method="unembed")
-    return jax.nn.log_softmax(logits)
 
 
 def agreement(
     lm: LanguageModel, method: CacheMethod, calibration: Calibration, tokens: list[int], start: int
 ) -> tuple[float, float]:
     """(mean KL(full || method) in nats, top-1 agreement) over the predictions of tokens[start:], read from codes."""
-    ids = jnp.asarray(tokens, jnp.int32)[None]
-    reference = _hidden(Decoder(lm.config, FullPrecision(), lm.dtype), lm.params, ids, None, "exact")
-    decoder = Decoder(lm.config, method, lm.dtype)
-    ours = _hidden(decoder, fold_values(lm, method, calibration), ids, calibration.layers, "coded")
-    _, _, kl, agree = np.asarray(_compare(decoder, lm.params, ours, reference, ids, start), np.float64)
+    ids = jnp.asarray(tokens, jnp.int32)
+    reference = Layerwise(lm).hidden(ids[None])[0]
+    ours = Layerwise(lm, method, calibration).hidden(ids[None], read="coded")[0]
+    head = head_of(lm.params)
+    sums = _compare(lm.config, jnp.dtype(lm.dtype), head, ours, reference, ids, start)
+    _, _, kl, agree = np.asarray(sums, np.float64)
     return float(kl / (len(tokens) - start)), float(agree / (len(tokens) - start))
 
 
@@ -207,18 +209,14 @@ def rescoring_kl(
     the figure is the mean KL(decoded || scored) over the predictions of tokens[start:], nats. Not zero, because a
     rounding difference may flip a code.
     """
-    decoder = Decoder(lm.config, method, lm.dtype)
-    params = fold_values(lm, method, calibration)
+    model = Layerwise(lm, method, calibration)
     ids = jnp.asarray(tokens, jnp.int32)[None]
-    hidden = _hidden(decoder, params, ids, calibration.layers, "coded")
-    scored = _logprobs(decoder, params, hidden[0])
-    engine = Engine(decoder)
-    caches = engine.init_caches(calibration.layers, 1, len(tokens))
+    scored = jax.nn.log_softmax(model.logits(model.hidden(ids, read="coded")[0]))
+    caches = model.init(1, len(tokens))
     total = 0.0
     for position in range(len(tokens) - 1):
-        token, at = ids[:, position], jnp.full((1,), position, jnp.int32)
-        logits, caches = engine.step_logits(params, caches, token, at)
+        hidden, caches = model.decode(caches, ids[:, position], jnp.full((1,), position, jnp.int32))
         if position + 1 >= start:
-            stepped = jax.nn.log_softmax(logits[0])
+            stepped = jax.nn.log_softmax(model.logits(hidden)[0])
             total += float(jnp.sum(jnp.exp(stepped) * (stepped - scored[position])))
     return total / (len(tokens) - start)

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int
 
-from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.caches.base import CacheMethod, ReadMode
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.generation.sampling import SamplingSettings, sample
 from vecinfer_jax.models.decoder import Decoder
@@ -81,12 +81,17 @@ def check_capacity(longest_prompt: int, new_tokens: int, capacity: int | None, m
 
 
 class Engine:
-    """Compiled programs of one model and method, kept by shape. Compilation is timed apart from running."""
+    """Compiled programs of one model and method, kept by shape. Compilation is timed apart from running.
+
+    peak_bytes: the most that any program run so far holds at once by the compiler's account (weights, caches and
+    temporaries); set it to 0 to begin anew.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         self.decoder = decoder
-        self._programs: dict[Any, Any] = {}
+        self._programs: dict[Any, tuple[Any, int]] = {}
         self.compile_seconds = 0.0
+        self.peak_bytes = 0
 
     @property
     def method(self) -> CacheMethod:
@@ -105,11 +110,18 @@ class Engine:
             ) from None
 
     def prefill(
-        self, params: Any, caches: Any, tokens: np.ndarray, lengths: np.ndarray, chunk: int | None = None
+        self,
+        params: Any,
+        caches: Any,
+        tokens: np.ndarray,
+        lengths: np.ndarray,
+        chunk: int | None = None,
+        read: ReadMode = "exact",
     ) -> tuple[Float32[Array, "B V"], Any]:
         """Runs padded prompts [B, T] into empty caches -> logits of each row's last token, and the caches.
 
-        `chunk` bounds how many tokens are run at a time; later chunks read what earlier ones left in the cache.
+        `chunk` bounds how many tokens of a row are run at a time; later chunks read what earlier ones left in the
+        cache. With read="coded" all of the prompt is read as decoding would read it.
         """
         total = tokens.shape[1]
         size = min(chunk or total, total)
@@ -117,8 +129,9 @@ class Engine:
         for start in range(0, total, size):
             piece = tokens[:, start : start + size]
             here = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
-            run = functools.partial(_prefill, self.decoder, start == 0)
-            new, caches = self._call(("prefill", start == 0), run, (1,), params, caches, piece, np.int32(start), here)
+            run = functools.partial(_prefill, self.decoder, start == 0, read)
+            name = ("prefill", start == 0, read)
+            new, caches = self._call(name, run, (1,), params, caches, piece, np.int32(start), here)
             ends_here = jnp.asarray((lengths > start) & (lengths <= start + piece.shape[1]))
             logits = new if logits is None else jnp.where(ends_here[:, None], new, logits)
         assert logits is not None
@@ -157,21 +170,26 @@ class Engine:
         run = functools.partial(_decode_loop, self.decoder)
         return self._call("decode", run, (1,), params, state, np.int32(until), settings, stops)
 
-    def step_logits(self, params: Any, caches: Any, token: Any, position: Any) -> tuple[Float32[Array, "B V"], Any]:
-        """One step with given tokens (teacher forcing): logits [B, V] and the caches."""
-        run = functools.partial(_step, self.decoder)
-        return self._call("step", run, (1,), params, caches, token, position)
-
     def _call(self, name: Any, function: Callable[..., Any], donate: tuple[int, ...], *args: Any) -> Any:
         leaves, tree = jax.tree.flatten(args)
         signature = (name, tree, tuple((np.shape(x), jnp.result_type(x), _placement(x)) for x in leaves))
-        program = self._programs.get(signature)
-        if program is None:
+        if signature not in self._programs:
             begin = time.perf_counter()
             program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
             self.compile_seconds += time.perf_counter() - begin
-            self._programs[signature] = program
+            self._programs[signature] = program, _bytes_of(program)
+        program, held = self._programs[signature]
+        self.peak_bytes = max(self.peak_bytes, held)
         return program(*args)
+
+
+def _bytes_of(program: Any) -> int:
+    """Bytes that a compiled program holds while it runs; 0 where the backend does not say."""
+    use = program.memory_analysis()
+    if use is None:
+        return 0
+    given = use.argument_size_in_bytes + use.output_size_in_bytes - use.alias_size_in_bytes
+    return int(given + use.temp_size_in_bytes)
 
 
 def _placement(x: Any) -> Any:
@@ -193,10 +211,14 @@ def _init_caches(decoder: Decoder, batch: int, capacity: int, calibration: Any) 
     )
 
 
-def _prefill(decoder: Decoder, first: bool, params: Any, caches: Any, tokens: Any, start: Any, lengths: Any) -> Any:
+def _prefill(
+    decoder: Decoder, first: bool, read: ReadMode, params: Any, caches: Any, tokens: Any, start: Any, lengths: Any
+) -> Any:
     positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
     # A row whose prompt ended in an earlier chunk has length 0 here; its logits are not used.
-    return decoder.apply({"params": params}, tokens, positions, caches, lengths=lengths, first=first, logits="last")
+    return decoder.apply(
+        {"params": params}, tokens, positions, caches, lengths=lengths, first=first, read=read, logits="last"
+    )
 
 
 def _choose(logits: Any, state_keys: Any, step: Any, settings: SamplingSettings, stops: Any) -> tuple[Any, Any, Any]:

@@ -26,6 +26,8 @@ Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 # Decoding looks at the text this often when stop strings are given.
 STOP_CHECK = 16
 TOKEN_BUFFER_STEP = 64
+# Prompt tokens a row that are run, and attend to each other exactly, at one time: what bounds a prompt's memory.
+PREFILL_CHUNK = 32768
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,8 @@ class _Options:
     stop: Sequence[str] | str = ()
     stop_token_ids: Sequence[int] | None = None
     capacity: int | None = None
-    prefill_chunk: int | None = None
+    prefill_chunk: int = PREFILL_CHUNK
+    prefill: str = "exact"
     progress: bool = True
 
 
@@ -58,6 +61,7 @@ class GenerationStats:
 
     cache_bytes: bytes allocated for all layers by kind: codes, codebooks, window, state, total.
     capacity:    tokens a sequence the caches were allocated for.
+    peak_bytes:  the most that was held on the device at once: weights, caches and temporaries (the compiler's account).
     """
 
     prefill_seconds: float
@@ -69,6 +73,7 @@ class GenerationStats:
     sequences: int
     capacity: int
     cache_bytes: Mapping[str, int]
+    peak_bytes: int
 
     @property
     def tokens_per_second(self) -> float:
@@ -141,7 +146,8 @@ def generate(
     stop: Sequence[str] | str = (),
     stop_token_ids: Sequence[int] | None = None,
     capacity: int | None = None,
-    prefill_chunk: int | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    prefill: str = "exact",
     batch_size: int | None = None,
     seeds: Sequence[int] | None = None,
     progress: bool = True,
@@ -159,8 +165,9 @@ def generate(
         stop: texts that end a sequence (left out of its text).
         stop_token_ids: ids that end a sequence; default: the model's end-of-sequence ids.
         capacity: tokens a sequence to allocate caches for; default: what this call needs, rounded up.
-        prefill_chunk: run prompts this many tokens at a time; later chunks then read earlier ones from the cache.
-            Default: whole, so that attention within the prompt is exact.
+        prefill_chunk: run prompts this many tokens at a time, which bounds their memory. Within a chunk attention is
+            exact; what was encoded before a chunk is read from its codes.
+        prefill: "exact", or "coded": the whole prompt too is read from codes, as decoding would (evaluation).
         batch_size: rows to pad the batch to, so that a smaller last batch recompiles nothing.
         seeds: place of each prompt for the purposes of `seed` (default 0, 1, 2, ...).
         progress: tell of calibration on first use.
@@ -169,7 +176,17 @@ def generate(
         InputError: an empty prompt, an unknown setting. CapacityError: a prompt longer than fits.
     """
     options = _Options(
-        method, calibration, max_new_tokens, sampling, seed, stop, stop_token_ids, capacity, prefill_chunk, progress
+        method,
+        calibration,
+        max_new_tokens,
+        sampling,
+        seed,
+        stop,
+        stop_token_ids,
+        capacity,
+        prefill_chunk,
+        prefill,
+        progress,
     )
     stops = stop_texts(stop)
     run = _prefill(lm, _as_list(prompts), options, batch_size, seeds)
@@ -303,8 +320,10 @@ def _prefill(
     encoded = [encode_prompt(lm, prompt) for prompt in prompts]
     longest = max(len(ids) for ids in encoded)
     capacity = check_capacity(longest, max_new_tokens, options.capacity, lm.config.max_position)
-    if prefill_chunk is not None and prefill_chunk < 1:
-        raise InputError(f"prefill_chunk={prefill_chunk} must be 1 or more")
+    if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
+        raise InputError(f"prefill_chunk={prefill_chunk} must be a whole number of tokens, 1 or more")
+    if options.prefill not in ("exact", "coded"):
+        raise InputError(f"prefill={options.prefill!r} is unknown; choose exact or coded")
     places = list(range(len(encoded))) if seeds is None else list(seeds)
     if len(places) != len(encoded) or any(not 0 <= place < 2**32 for place in places):
         raise InputError(f"seeds must be {len(encoded)} whole numbers, one a prompt, from 0 to {2**32 - 1}")
@@ -326,11 +345,13 @@ def _prefill(
 
     engine = engine_for(Decoder(lm.config, method, lm.dtype))
     params = fold_values(lm, method, calibration)
-    before = engine.compile_seconds
+    before, engine.peak_bytes = engine.compile_seconds, 0
     settings = sampling.settings()
     begin = time.perf_counter()
     caches = engine.init_caches(calibration.layers, rows, capacity)
-    logits, caches = engine.prefill(params, caches, tokens, lengths, prefill_chunk)
+    logits, caches = engine.prefill(
+        params, caches, tokens, lengths, prefill_chunk, "coded" if options.prefill == "coded" else "exact"
+    )
     buffer = round_up(max_new_tokens, TOKEN_BUFFER_STEP)
     state = engine.start(logits, caches, lengths, keys, wanted, buffer, settings, stops)
     jax.block_until_ready(state.step)
@@ -384,6 +405,7 @@ def _collect(lm: LanguageModel, run: _Run, cut: dict[int, tuple[int, str]], max_
         sequences=len(ids),
         capacity=run.capacity,
         cache_bytes=allocated_bytes(run.state.caches),
+        peak_bytes=run.engine.peak_bytes,
     )
     return Generation(
         texts=texts,

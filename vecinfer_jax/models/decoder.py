@@ -128,9 +128,17 @@ class DecoderLayer(nn.Module):
         self.post_attention_norm = RMSNorm(self.config.rms_norm_eps, self.dtype)
 
     def __call__(
-        self, x: jax.Array, chunk: Chunk, cache: LayerCache, method: CacheMethod, decode: bool
+        self,
+        x: jax.Array,
+        chunk: Chunk,
+        cache: LayerCache,
+        method: CacheMethod,
+        decode: bool,
+        previous: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
-        """-> (output, normed input of the attention, cache)."""
+        """-> (output, normed input of the attention, cache); `previous` is the layer before's normed input."""
+        if previous is not None:
+            cache = method.prefetch(previous, self.attention.project_query, chunk, cache)
         normed = self.input_norm(x)
         attended, cache = self.attention(normed, chunk, cache, method, decode)
         x = x + attended
@@ -188,10 +196,7 @@ class Decoder(nn.Module):
         for index, layer in enumerate(self.layers):
             chunk = Chunk(positions, lengths, cos, sin, layer=self.layer_shape(index), first=first, read=read)
             method = self.method.for_layer(index, c.num_layers)
-            cache = caches[index]
-            if previous is not None:
-                cache = method.prefetch(previous, layer.attention.project_query, chunk, cache)
-            x, previous, cache = layer(x, chunk, cache, method, decode)
+            x, previous, cache = layer(x, chunk, caches[index], method, decode, previous)
             new_caches.append(cache)
         if logits == "none":
             return None, tuple(new_caches)
