@@ -93,14 +93,25 @@ def with_gold(
     return tuple(ids), tuple(whole[len(ids) :])
 
 
-def largest(fits: Callable[[int], bool], low: int, high: int) -> int | None:
-    """The largest n of low..high with fits(n), for `fits` that turns from true to false once; None if not even low."""
-    if high < low or not fits(low):
+def largest(fits: Callable[[int], bool], low: int, high: int | None = None) -> int | None:
+    """The largest n from `low` (to `high`) with fits(n), for `fits` that turns from true to false once.
+
+    None if not even `low` fits. Nothing much larger than what fits is ever tried.
+    """
+    if not fits(low):
         return None
-    while low < high:
-        middle = (low + high + 1) // 2
+    step = 1
+    while True:
+        above = low + step if high is None else min(low + step, high)
+        if above <= low:
+            return low
+        if not fits(above):
+            break
+        low, step = above, 2 * step
+    while low + 1 < above:
+        middle = (low + above) // 2
         if fits(middle):
             low = middle
         else:
-            high = middle - 1
+            above = middle
     return low
