@@ -6,7 +6,7 @@ cache finely: it falls long before an answer is lost. The greedy answer, judged 
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.models import LanguageModel
@@ -41,6 +41,7 @@ class Case:
         return len(self.prompt) + max(len(self.gold), self.max_new_tokens)
 
 
+@runtime_checkable
 class Task(Protocol):
     """A frozen dataclass whose fields are its settings."""
 
