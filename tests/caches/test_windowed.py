@@ -1,7 +1,6 @@
 """Who reads what: bulk and token-by-token caches agree, at every window, sink, chunking and raggedness."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,26 +8,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels.vq_decode_attention.reference import dequantise
-from tests import small
+from tests.caches.harness import LAYER, chunk_at, decode_all, oracle, prefill, random_qkv
 from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer, allocated_bytes
-from vecinfer_jax.caches.base import Chunk
 from vecinfer_jax.caches.vecinfer import PAPER_FORMATS
-from vecinfer_jax.models.decoder import layer_shape
 
-LAYER = layer_shape(small.CONFIG, 0, jnp.float32)
 WINDOWS = [(0, 0), (0, 2), (5, 0), (5, 3), (64, 0), (3, 8)]
-
-
-def random_qkv(batch, tokens, seed=0):
-    rng = np.random.default_rng(seed)
-
-    def shape(heads):
-        return (batch, tokens, heads, LAYER.head_dim)
-
-    def make(heads):
-        return jnp.asarray(rng.normal(size=shape(heads)), jnp.float32)
-
-    return make(LAYER.num_query_heads), make(LAYER.num_kv_heads), make(LAYER.num_kv_heads)
 
 
 def random_calibration(method, seed=1):
@@ -40,35 +24,6 @@ def random_calibration(method, seed=1):
         "key_codebook": rng.normal(size=(groups, key.entries, key.length)).astype(np.float32),
         "value_codebook": rng.normal(size=(groups, value.entries, value.length)).astype(np.float32),
     }
-
-
-def chunk_at(start, lengths, tokens, first, read="exact"):
-    positions = jnp.asarray(start)[:, None] + jnp.arange(tokens)[None]
-    cos, sin = LAYER.rope.cos_sin(positions)
-    return Chunk(positions, jnp.asarray(lengths, jnp.int32), cos, sin, layer=LAYER, first=first, read=read)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def prefill(method, q, k, v, chunk, cache):
-    """Compiled: op by op, these tests would take minutes."""
-    return method.prefill(q, k, v, chunk, cache)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def decode(method, q, k, v, chunk, cache):
-    return method.decode(q, k, v, chunk, cache)
-
-
-def decode_all(method, cache, q, k, v, start, count):
-    """Feeds tokens start .. start + count - 1 of every row, one at a time."""
-    outs = []
-    for i in range(count):
-        at = np.asarray(start) + i
-        rows = np.arange(q.shape[0])
-        chunk = chunk_at(at, np.ones_like(at), 1, False)
-        out, cache = decode(method, q[rows, at], k[rows, at], v[rows, at], chunk, cache)
-        outs.append(out)
-    return jnp.stack(outs, axis=1), cache
 
 
 def assert_same_cache(a, b, method, lengths):
@@ -265,34 +220,21 @@ def test_what_a_query_reads_is_what_the_definition_says(residual, sink, transfor
         method, q, k, v, chunk_at([0], [tokens], tokens, True, "coded"), method.init(LAYER, 1, tokens, calibration)
     )
 
-    dim, half = LAYER.head_dim, LAYER.head_dim // 2
-    angle = np.arange(tokens)[:, None] * 10000.0 ** (-np.arange(half) / half)
+    dim = LAYER.head_dim
 
-    def rotated(x):
-        x = np.asarray(x, np.float64)[0]
-        a, b = x[..., :half], x[..., half:]
-        cos, sin = np.cos(angle)[:, None], np.sin(angle)[:, None]
-        return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-    def coded(x, codebook):
+    def nearest(x, codebook):
         parts = x.reshape(-1, 4)
-        nearest = ((parts[:, None] - codebook[None].astype(np.float64)) ** 2).sum(-1).argmin(-1)
-        return codebook[nearest].astype(np.float64).reshape(x.shape)
+        index = ((parts[:, None] - codebook[None].astype(np.float64)) ** 2).sum(-1).argmin(-1)
+        return codebook[index].astype(np.float64).reshape(x.shape)
 
     h = np.array([[(-1.0) ** bin(i & j).count("1") for j in range(dim)] for i in range(dim)]) / np.sqrt(dim)
     if transform == "none":
         h = np.eye(dim)
-    queries, keys, values = rotated(q), rotated(k), np.asarray(v, np.float64)[0]
-    for head in range(LAYER.num_query_heads):
-        kv = head // LAYER.group
-        smooth = calibration["smooth"][kv].astype(np.float64)
-        key_codes = coded((keys[:, kv] / smooth) @ h, calibration["key_codebook"][kv]) @ h * smooth
-        value_codes = coded(values[:, kv], calibration["value_codebook"][kv])
-        for t in range(tokens):
-            exact = np.array([s < sink or s > t - residual for s in range(t + 1)])[:, None]
-            read_keys = np.where(exact, keys[: t + 1, kv], key_codes[: t + 1])
-            read_values = np.where(exact, values[: t + 1, kv], value_codes[: t + 1])
-            scores = read_keys @ queries[t, head] / np.sqrt(dim)
-            weights = np.exp(scores - scores.max())
-            want = weights @ read_values / weights.sum()
-            np.testing.assert_allclose(np.asarray(got)[0, t, head], want, atol=2e-5)
+
+    def coded(head, keys, values):
+        smooth = calibration["smooth"][head].astype(np.float64)
+        key_codes = nearest((keys / smooth) @ h, calibration["key_codebook"][head]) @ h * smooth
+        return key_codes, nearest(values, calibration["value_codebook"][head])
+
+    want = oracle(*(np.asarray(x)[0] for x in (q, k, v)), coded, residual=residual, sink=sink)
+    np.testing.assert_allclose(got[0], want, atol=2e-5)

@@ -1,16 +1,26 @@
 """Attention over keys and values held as arrays: the exact part of every method, and the strict evaluation.
 
-No S x S buffer: queries are taken in blocks, so memory grows with the context, not with its square.
+No S x S buffer: queries are taken in blocks, and what a chunk of prompt reads from a cache is taken in blocks of
+slots, so what is in memory beside the cache does not grow with it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from pallas_kernels import split_k
+
 QUERY_BLOCK = 256
+# Slots of a cache that a chunk of prompt reads at a time, fewer where one of these would be exceeded: elements of the
+# block's keys [B, Hkv, slots, D], and of the scores [B, Hq, queries, slots].
+KEY_BLOCK = 4096
+BLOCK_ELEMENTS = 2**26
+SCORE_ELEMENTS = 2**26
+# The same of a decoding step.
+DECODE_ELEMENTS = 2**22
 MASKED = -1e30
 
 
@@ -33,12 +43,6 @@ def join_tokens(*parts: Tokens) -> Tokens:
         jnp.concatenate([p.values for p in parts], axis=2),
         jnp.concatenate([p.positions for p in parts], axis=1),
     )
-
-
-def no_tokens(like: Float[Array, "B Hkv S D"]) -> Tokens:
-    """A set without slots, to stand beside one like that."""
-    nothing = like[:, :, :0]
-    return Tokens(nothing, nothing, jnp.zeros((like.shape[0], 0), jnp.int32))
 
 
 def scores(q: Float[Array, "B T Hq D"], k: Float[Array, "B Hkv S D"], scale: float) -> Float[Array, "B Hkv G T S"]:
@@ -114,35 +118,152 @@ def causal_attention(
     return by_query_blocks(block, positions[None], q)
 
 
-def mixed_attention(
+class Source(NamedTuple):
+    """Tokens that queries read a block of slots at a time, so that memory does not grow with how many there are.
+
+    read(start, size): the slots start .. start + size - 1; size is static, start a multiple of `multiple`.
+    slots:    how many slots there are, a multiple of `multiple`.
+    used:     int32[], no slot from here on holds anything; blocks beyond it are not read.
+    sees(s, t, boundary): whether a query at position t reads position s from this source.
+    """
+
+    read: Callable[[jax.Array, int], Tokens]
+    slots: int
+    used: jax.Array
+    sees: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+    multiple: int = 1
+
+    def block(self, elements_per_slot: int) -> int:
+        """Slots read at a time."""
+        most = min(KEY_BLOCK, max(BLOCK_ELEMENTS // max(elements_per_slot, 1), 128))
+        return min(self.slots, max(most // self.multiple, 1) * self.multiple)
+
+
+def source_of(
+    tokens: Tokens, sees: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], used: jax.Array | None = None
+) -> Source:
+    """A source of tokens held as arrays."""
+    slots = tokens.keys.shape[2]
+
+    def read(start: jax.Array, size: int) -> Tokens:
+        if size == slots:
+            return tokens
+        return Tokens(
+            jax.lax.dynamic_slice_in_dim(tokens.keys, start, size, axis=2),
+            jax.lax.dynamic_slice_in_dim(tokens.values, start, size, axis=2),
+            jax.lax.dynamic_slice_in_dim(tokens.positions, start, size, axis=1),
+        )
+
+    return Source(read, slots, jnp.int32(slots) if used is None else used, sees)
+
+
+def blockwise_attention(
     q: Float[Array, "B T Hq D"],
     positions: Int[Array, "B T"],
     boundary: Int[Array, "B T"],
-    exact: Tokens,
-    coded: Tokens,
-    *,
-    sink: int,
+    sources: Sequence[Source],
+    num_kv_heads: int,
     scale: float,
 ) -> Float[Array, "B T Hq D"]:
-    """Many queries, each reading some tokens exactly and the others from their codes.
+    """Many queries over several sources at once: an online softmax over blocks of slots, by blocks of queries.
 
-    The query at position t reads position s <= t from `exact` if s < sink or s >= boundary (of that query), else
-    from `coded`. With boundary = t - residual + 1 this is what decoding at t would read.
+    `boundary` is one more number a query, for the sources' `sees`. A query that reads nothing gets something finite.
     """
-    in_exact, in_coded = exact.positions[:, None, :], coded.positions[:, None, :]
-    num_exact = exact.keys.shape[2]
+    b, t, hq, d = q.shape
+    sources = [source for source in sources if source.slots]
+    blocks = [source.block(b * num_kv_heads * d) for source in sources]
+    size = min(t, QUERY_BLOCK, max(SCORE_ELEMENTS // (b * hq * max(blocks)), 16))
+    count = -(-t // size)
 
-    def block(t: Int[Array, "B R"], first_exact: Int[Array, "B R"], q_rows: jax.Array) -> jax.Array:
-        t, first_exact = t[:, :, None], first_exact[:, :, None]
-        see_exact = (in_exact >= 0) & (in_exact <= t) & ((in_exact < sink) | (in_exact >= first_exact))
-        see_coded = (in_coded >= sink) & (in_coded <= t) & (in_coded < first_exact)
-        see = jnp.concatenate([see_exact, see_coded], axis=-1)[:, None, None]
-        s = [scores(q_rows, exact.keys, scale), scores(q_rows, coded.keys, scale)]
-        p = jax.nn.softmax(jnp.where(see, jnp.concatenate(s, axis=-1), MASKED), axis=-1)
-        out = combine(p[..., :num_exact], exact.values) + combine(p[..., num_exact:], coded.values)
-        return out.astype(q.dtype)
+    def split(x: jax.Array) -> jax.Array:
+        x = jnp.pad(x, [(0, 0), (0, count * size - t)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(b, count, size, *x.shape[2:]), 1, 0)
 
-    return by_query_blocks(block, positions, boundary, q)
+    queries = split(q), split(positions), split(boundary)
+    state = (b, num_kv_heads, hq // num_kv_heads, size)
+    # Per query: the largest score so far, the sum of exp(score - largest), and that of those times the values.
+    carry = (
+        jnp.full((count, *state), MASKED, jnp.float32),
+        jnp.zeros((count, *state), jnp.float32),
+        jnp.zeros((count, *state, d), jnp.float32),
+    )
+
+    def fold(tokens: Tokens, sees: Callable[..., jax.Array], carry: tuple) -> tuple:
+        def fold_rows(args: tuple) -> tuple:
+            (q_rows, t, first), (top, total, out) = args
+            held = tokens.positions[:, None, :]
+            see = (held >= 0) & (held <= t[:, :, None]) & sees(held, t[:, :, None], first[:, :, None])
+            s = jnp.where(see[:, None, None], scores(q_rows, tokens.keys, scale), MASKED)
+            new_top = jnp.maximum(top, jnp.max(s, axis=-1))
+            # Before the first readable token this is exp(0) for every masked one; `fade` then forgets it all.
+            p = jnp.exp(s - new_top[..., None])
+            fade = jnp.exp(top - new_top)
+            products = jnp.einsum(
+                "bhgts,bhsd->bhgtd",
+                p.astype(tokens.values.dtype),
+                tokens.values,
+                precision=_highest(tokens.values),
+                preferred_element_type=jnp.float32,
+            )
+            return new_top, total * fade + jnp.sum(p, axis=-1), out * fade[..., None] + products
+
+        if count == 1:
+            one = fold_rows(jax.tree.map(lambda x: x[0], (queries, carry)))
+            return jax.tree.map(lambda x: x[None], one)
+        return jax.lax.map(fold_rows, (queries, carry))
+
+    for source, block in zip(sources, blocks, strict=True):
+        if block == source.slots:
+            carry = fold(source.read(jnp.int32(0), block), source.sees, carry)
+            continue
+
+        def step(i: jax.Array, carry: tuple, source: Source = source, block: int = block) -> tuple:
+            # The last block starts early where the slots are no multiple of it; what was read already is masked.
+            start = jnp.minimum(i * block, source.slots - block)
+            tokens = source.read(start, block)
+            new = start + jnp.arange(block) >= i * block
+            return fold(tokens._replace(positions=jnp.where(new, tokens.positions, -1)), source.sees, carry)
+
+        carry = jax.lax.fori_loop(0, (jnp.minimum(source.used, source.slots) + block - 1) // block, step, carry)
+
+    _, total, out = carry
+    out = (out / jnp.maximum(total, 1e-37)[..., None]).astype(q.dtype)  # [blocks, B, Hkv, G, size, D]
+    return jnp.transpose(out, (1, 0, 4, 2, 3, 5)).reshape(b, count * size, hq, d)[:, :t]
+
+
+def coded_attention(
+    q: Float[Array, "B Hq D"],
+    read: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]],
+    slots: int,
+    count: Int[Array, "B"],
+    num_kv_heads: int,
+    scale: float,
+    multiple: int = 1,
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+    """One query a sequence over the first `count` coded slots: float32 output and log-sum-exp, ready to be merged.
+
+    read(start, size) gives keys and values [B, Hkv, size, D] of a block of slots; start and size are multiples of
+    `multiple`. Only one block of them exists at a time, and those beyond the longest row are not read.
+    """
+    b, hq, d = q.shape
+    most = max(DECODE_ELEMENTS // max(b * num_kv_heads * d, 1), 128)
+    block = min(slots, max(most // multiple, 1) * multiple)
+
+    def part(i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        start = jnp.minimum(i * block, slots - block)
+        at = start + jnp.arange(block)
+        valid = (at >= i * block) & (at < count[:, None])
+        return partial_attention(q, *read(start, block), valid, scale)
+
+    if block == slots:
+        return part(jnp.int32(0))
+
+    def step(i: jax.Array, carry: tuple) -> tuple:
+        outputs, lses = zip(carry, part(i), strict=True)
+        return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
+
+    start = jnp.zeros((b, hq, d), jnp.float32), jnp.full((b, hq), split_k.EMPTY, jnp.float32)
+    return jax.lax.fori_loop(0, (jnp.minimum(jnp.max(count), slots) + block - 1) // block, step, start)
 
 
 def by_query_blocks(

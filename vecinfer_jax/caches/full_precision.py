@@ -9,11 +9,11 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from vecinfer_jax.caches.attention import (
+    Source,
     Tokens,
+    blockwise_attention,
     causal_attention,
     cudnn_serves,
-    mixed_attention,
-    no_tokens,
     partial_attention,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
@@ -62,13 +62,17 @@ class FullPrecision(CacheMethod):
         scale = chunk.layer.scale
         if chunk.first:
             return causal_attention(q, k, v, chunk.lengths, scale), cache
-        slots = jnp.arange(cache.keys.shape[1])[None, :]
-        slots = jnp.where(slots < cache.lengths[:, None], slots, -1)
-        held = Tokens(cache.keys.swapaxes(1, 2), cache.values.swapaxes(1, 2), slots)
-        nothing = no_tokens(held.keys)
-        boundary = jnp.zeros_like(chunk.positions)
-        out = mixed_attention(q, chunk.positions, boundary, held, nothing, sink=0, scale=scale)
-        return out, cache
+
+        def read(start: jax.Array, size: int) -> Tokens:
+            slots = start + jnp.arange(size)[None, :]
+            keys, values = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (cache.keys, cache.values))
+            return Tokens(
+                keys.swapaxes(1, 2), values.swapaxes(1, 2), jnp.where(slots < cache.lengths[:, None], slots, -1)
+            )
+
+        held = Source(read, cache.keys.shape[1], jnp.max(cache.lengths), lambda s, t, boundary: s >= boundary)
+        start = jnp.zeros_like(chunk.positions)
+        return blockwise_attention(q, chunk.positions, start, [held], chunk.layer.num_kv_heads, scale), cache
 
     def decode(
         self,

@@ -6,6 +6,7 @@ scatters that drop what falls outside. Whether tokens fit is checked before a st
 """
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Int, Shaped
 
 
@@ -26,6 +27,11 @@ def write_chunk(
     rows = jnp.arange(buffer.shape[0])[:, None]
     # Advanced indices on both sides of the head axis put (B, T) first: exactly the layout of `tokens`.
     return buffer.at[rows, :, slots].set(tokens.astype(buffer.dtype), mode="drop")
+
+
+def read_slots(buffer: Shaped[Array, "B H S D"], start: Int[Array, ""], size: int) -> Shaped[Array, "B H size D"]:
+    """Slots start .. start + size - 1, which must be in the buffer."""
+    return buffer if size == buffer.shape[2] else lax.dynamic_slice_in_dim(buffer, start, size, axis=2)
 
 
 def read_ring(size: int, lengths: Int[Array, "B"]) -> Int[Array, "B size"]:

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
-from vecinfer_jax.caches.rows import write_chunk
+from vecinfer_jax.caches.rows import read_slots, write_chunk
 from vecinfer_jax.caches.windowed import WindowedMethod
 from vecinfer_jax.calibration.codebooks import codebook_of
 from vecinfer_jax.errors import InputError
@@ -223,14 +223,15 @@ class VecInfer(WindowedMethod):
         )
 
     def read(
-        self, store: VecInferStore, layer: LayerShape
-    ) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
-        keys = dequantise(store.key_codes, store.key_codebook, layer.head_dim, layer.dtype)
-        values = dequantise(store.value_codes, store.value_codebook, layer.head_dim, layer.dtype)
+        self, store: VecInferStore, start: Int[Array, ""], size: int, layer: LayerShape
+    ) -> tuple[Float[Array, "B Hkv size D"], Float[Array, "B Hkv size D"]]:
+        key_codes, value_codes = (read_slots(codes, start, size) for codes in (store.key_codes, store.value_codes))
+        keys = dequantise(key_codes, store.key_codebook, layer.head_dim, layer.dtype)
+        values = dequantise(value_codes, store.value_codebook, layer.head_dim, layer.dtype)
         return self.restore_key(keys, store).astype(layer.dtype), values.astype(layer.dtype)
 
     def attend(
-        self, q: Float[Array, "B Hq D"], store: VecInferStore, count: Int[Array, "B"], layer: LayerShape
+        self, q: Float[Array, "B Hq D"], store: VecInferStore, count: Int[Array, "B"], slots: int, layer: LayerShape
     ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         return vq_decode_attention(
             self.transform_query(q, store),

@@ -1,8 +1,9 @@
 """What every coded cache shares: the residual window, the sinks, and who reads what.
 
 A token lives in a ring of the last `residual` tokens and is encoded when it leaves it; the first `sink` tokens
-stay exact for ever. Shapes are static, so nothing recompiles whatever the window. A subclass says only how
-tokens are encoded, decoded and attended to from their codes.
+stay exact for ever. Methods that encode tokens in groups of g wait until a whole group has left the window, so their
+exact tail is residual to residual + g - 1 tokens. Shapes are static, so nothing recompiles whatever the window. A
+subclass says only how tokens are encoded, decoded and attended to from their codes.
 """
 
 import abc
@@ -11,15 +12,18 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from pallas_kernels import split_k
 from vecinfer_jax.caches.attention import (
+    Source,
     Tokens,
+    blockwise_attention,
     causal_attention,
+    coded_attention,
     join_tokens,
-    mixed_attention,
     partial_attention,
+    source_of,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_ring, write_chunk, write_token
@@ -34,14 +38,16 @@ class WindowedCache:
     """Codes beside a ring of exact recent tokens and the exact sinks.
 
     store:        the method's codes and codebooks; coded slot n holds position sink + n.
-    ring_*:       [B, Hkv, residual, D], position p in slot p % residual; keys after RoPE.
+    slots:        static, how many coded slots there are.
+    ring_*:       [B, Hkv, W, D], W = residual + group - 1, position p in slot p % W; keys after RoPE.
     sink_*:       [B, Hkv, sink, D], position p in slot p.
     lengths:      int32[B], tokens seen.
     """
 
     store: Store
-    ring_keys: Float[Array, "B Hkv R D"] = array_field("window")
-    ring_values: Float[Array, "B Hkv R D"] = array_field("window")
+    slots: int = struct.field(pytree_node=False)
+    ring_keys: Float[Array, "B Hkv W D"] = array_field("window")
+    ring_values: Float[Array, "B Hkv W D"] = array_field("window")
     sink_keys: Float[Array, "B Hkv sink D"] = array_field("window")
     sink_values: Float[Array, "B Hkv sink D"] = array_field("window")
     lengths: Int[Array, "B"] = array_field("state")
@@ -64,6 +70,16 @@ class WindowedMethod(CacheMethod):
             if not isinstance(value, int) or value < 0:
                 raise InputError(f"{name}={value!r} must be a whole number of tokens, 0 or more")
 
+    @property
+    def token_group(self) -> int:
+        """Tokens that are encoded together."""
+        return 1
+
+    @property
+    def ring(self) -> int:
+        """Tokens the ring holds: the window, and those that wait for their group to be whole."""
+        return self.residual + self.token_group - 1
+
     # -- what a subclass defines
 
     @abc.abstractmethod
@@ -79,17 +95,29 @@ class WindowedMethod(CacheMethod):
         slots: Int[Array, "B T"],
         layer: LayerShape,
     ) -> Store:
-        """Encodes tokens (keys after RoPE) into the given coded slots; slots outside the store are dropped."""
+        """Encodes tokens (keys after RoPE) into the given coded slots; slots outside the store are dropped.
+
+        T is a multiple of `token_group`, and each group's slots are consecutive from a multiple of it, or all -1.
+        """
 
     @abc.abstractmethod
-    def read(self, store: Store, layer: LayerShape) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
-        """Every coded slot as a key (after RoPE) and a value."""
+    def read(
+        self, store: Store, start: Int[Array, ""], size: int, layer: LayerShape
+    ) -> tuple[Float[Array, "B Hkv size D"], Float[Array, "B Hkv size D"]]:
+        """Coded slots start .. start + size - 1 as keys (after RoPE) and values; start and size are whole groups."""
 
-    @abc.abstractmethod
     def attend(
-        self, q: Float[Array, "B Hq D"], store: Store, count: Int[Array, "B"], layer: LayerShape
+        self, q: Float[Array, "B Hq D"], store: Store, count: Int[Array, "B"], slots: int, layer: LayerShape
     ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
-        """One query (after RoPE) a sequence over the first `count` coded slots: output and log-sum-exp."""
+        """One query (after RoPE) a sequence over the first `count` of `slots` coded slots: output and log-sum-exp.
+
+        The default decodes a block of slots at a time; a fused kernel may stand in its place.
+        """
+
+        def read(start: Int[Array, ""], size: int) -> tuple[Float[Array, "B Hkv S D"], Float[Array, "B Hkv S D"]]:
+            return self.read(store, start, size, layer)
+
+        return coded_attention(q, read, slots, count, layer.num_kv_heads, layer.scale, self.token_group)
 
     # -- the protocol
 
@@ -99,11 +127,12 @@ class WindowedMethod(CacheMethod):
         def exact(tokens: int) -> Float[Array, "B Hkv R D"]:
             return jnp.zeros((batch, layer.num_kv_heads, tokens, layer.head_dim), layer.dtype)
 
-        slots = max(capacity - self.residual - self.sink, 1)
+        slots = self.coded_slots(capacity)
         return WindowedCache(
             self.init_store(layer, batch, slots, calibration),
-            exact(self.residual),
-            exact(self.residual),
+            slots,
+            exact(self.ring),
+            exact(self.ring),
             exact(self.sink),
             exact(self.sink),
             jnp.zeros((batch,), jnp.int32),
@@ -111,7 +140,11 @@ class WindowedMethod(CacheMethod):
 
     def coded_count(self, lengths: Int[Array, "B"]) -> Int[Array, "B"]:
         """Tokens held as codes when `lengths` tokens have been seen."""
-        return jnp.maximum(lengths - self.residual - self.sink, 0)
+        return jnp.maximum(lengths - self.residual - self.sink, 0) // self.token_group * self.token_group
+
+    def coded_slots(self, capacity: int) -> int:
+        """Coded slots of a cache for `capacity` tokens: whole groups, at least one."""
+        return max((capacity - self.residual - self.sink) // self.token_group, 1) * self.token_group
 
     def prefill(
         self,
@@ -130,15 +163,22 @@ class WindowedMethod(CacheMethod):
         here = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], chunk.positions, -1))
         exact = here if chunk.first else join_tokens(self._exact_tokens(cache), here)
         if chunk.read == "coded":
-            boundary = chunk.positions - self.residual + 1
+            boundary, held = self.sink + self.coded_count(chunk.positions + 1), self.coded_count(updated.lengths)
         else:  # what was coded before this chunk is read from codes, all else exactly
-            boundary = jnp.broadcast_to((cache.lengths - self.residual)[:, None], chunk.positions.shape)
-        coded_keys, coded_values = self.read(updated.store, chunk.layer)
-        slots = jnp.arange(coded_keys.shape[2])[None, :]
-        held = slots < self.coded_count(updated.lengths)[:, None]
-        coded = Tokens(coded_keys, coded_values, jnp.where(held, slots + self.sink, -1))
-        out = mixed_attention(q, chunk.positions, boundary, exact, coded, sink=self.sink, scale=chunk.layer.scale)
-        return out, updated
+            held = self.coded_count(cache.lengths)
+            boundary = jnp.broadcast_to((self.sink + held)[:, None], chunk.positions.shape)
+
+        def read(start: Int[Array, ""], size: int) -> Tokens:
+            slots = start + jnp.arange(size)[None, :]
+            keys, values = self.read(updated.store, start, size, chunk.layer)
+            return Tokens(keys, values, jnp.where(slots < held[:, None], slots + self.sink, -1))
+
+        sources = [
+            source_of(exact, lambda s, t, boundary: (s < self.sink) | (s >= boundary)),
+            Source(read, updated.slots, jnp.max(held), lambda s, t, boundary: s < boundary, self.token_group),
+        ]
+        heads, scale = chunk.layer.num_kv_heads, chunk.layer.scale
+        return blockwise_attention(q, chunk.positions, boundary, sources, heads, scale), updated
 
     def decode(
         self,
@@ -152,8 +192,8 @@ class WindowedMethod(CacheMethod):
         cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         cache = self._append_token(k, v, at, layer, cache)
-        coded = self.attend(q, cache.store, self.coded_count(cache.lengths), layer)
-        if self.residual + self.sink == 0:
+        coded = self.attend(q, cache.store, self.coded_count(cache.lengths), cache.slots, layer)
+        if self.ring + self.sink == 0:
             return coded[0].astype(q.dtype), cache
         exact = self._exact_tokens(cache)
         recent = partial_attention(q, exact.keys, exact.values, exact.positions >= 0, layer.scale)
@@ -165,8 +205,8 @@ class WindowedMethod(CacheMethod):
 
     def _exact_tokens(self, cache: WindowedCache) -> Tokens:
         """Sinks and ring with the positions they hold; a sink that is still in the ring counts once."""
-        ring = read_ring(self.residual, cache.lengths)
-        ring = jnp.where(ring >= self.sink, ring, -1)
+        ring = read_ring(self.ring, cache.lengths)
+        ring = jnp.where(ring >= self.sink + self.coded_count(cache.lengths)[:, None], ring, -1)
         sinks = jnp.arange(self.sink)[None, :]
         sinks = jnp.where(sinks < cache.lengths[:, None], sinks, -1)
         return join_tokens(
@@ -181,21 +221,32 @@ class WindowedMethod(CacheMethod):
         layer: LayerShape,
         cache: WindowedCache,
     ) -> WindowedCache:
-        leaving = at - self.residual
+        # The group that this token pushes out of the window; most tokens complete none, and nothing is written then.
+        # In the ring the oldest token of a complete group stands where the new one goes.
+        group = self.token_group
+        coded = self.coded_count(at + 1)
+        slots = (coded - group)[:, None] + jnp.arange(group)[None, :]
+        position = slots + self.sink
+        complete = (coded > self.coded_count(at))[:, None]
         ring_keys, ring_values = cache.ring_keys, cache.ring_values
-        if self.residual:
-            slot = at % self.residual
-            index = slot[:, None, None, None]
-            old_k = jnp.take_along_axis(ring_keys, index, axis=2)[:, :, 0]
-            old_v = jnp.take_along_axis(ring_values, index, axis=2)[:, :, 0]
+        if self.ring:
+            index = (position % self.ring)[:, None, :, None]
+            is_new = (position == at[:, None])[:, :, None, None]
+
+            def leaving(ring: Float[Array, "B Hkv W D"], new: Float[Array, "B Hkv D"]) -> Float[Array, "B g Hkv D"]:
+                old = jnp.take_along_axis(ring, index, axis=2).swapaxes(1, 2)
+                return old if self.residual else jnp.where(is_new, new[:, None].astype(ring.dtype), old)
+
+            group_k, group_v = leaving(ring_keys, k), leaving(ring_values, v)
+            slot = at % self.ring
             ring_keys, ring_values = write_token(ring_keys, k, slot), write_token(ring_values, v, slot)
         else:
-            old_k, old_v = k, v
-        store = self.append(cache.store, old_k[:, None], old_v[:, None], (leaving - self.sink)[:, None], layer)
+            group_k, group_v = k[:, None], v[:, None]
+        store = self.append(cache.store, group_k, group_v, jnp.where(complete, slots, -1), layer)
         sink_keys, sink_values = cache.sink_keys, cache.sink_values
         if self.sink:
             sink_keys, sink_values = write_token(sink_keys, k, at), write_token(sink_values, v, at)
-        return WindowedCache(store, ring_keys, ring_values, sink_keys, sink_values, at + 1)
+        return WindowedCache(store, cache.slots, ring_keys, ring_values, sink_keys, sink_values, at + 1)
 
     def _append_chunk(
         self,
@@ -204,33 +255,33 @@ class WindowedMethod(CacheMethod):
         chunk: Chunk,
         cache: WindowedCache,
     ) -> WindowedCache:
-        start, lengths = cache.lengths, cache.lengths + chunk.lengths
-        leaves_before = (lengths - self.residual)[:, None]
+        start, lengths, tokens = cache.lengths, cache.lengths + chunk.lengths, k.shape[1]
         store = cache.store
-        if not chunk.first and self.residual:  # the chunk pushes older tokens out of the ring
-            held = read_ring(self.residual, start)
-            store = self.append(
-                store,
-                cache.ring_keys.swapaxes(1, 2),
-                cache.ring_values.swapaxes(1, 2),
-                self._slots(held, (held >= 0) & (held < leaves_before)),
-                chunk.layer,
+        before, after = self.coded_count(start), self.coded_count(lengths)
+        if chunk.first:  # nothing is in the ring: what leaves the window is a slice of the chunk
+            leaving = max(tokens - self.residual - self.sink, 0) // self.token_group * self.token_group
+            leaving_k, leaving_v = (x[:, self.sink : self.sink + leaving] for x in (k, v))
+        else:  # the groups that are whole now start in the ring and go on in the chunk
+            leaving = (tokens + self.token_group - 1) // self.token_group * self.token_group
+            position = self.sink + before[:, None] + jnp.arange(leaving)[None, :]
+            offset = position - start[:, None]
+            index = jnp.where(offset < 0, position % max(self.ring, 1), self.ring + jnp.minimum(offset, tokens - 1))
+            leaving_k, leaving_v = (
+                jnp.take_along_axis(jnp.concatenate([ring.swapaxes(1, 2), x], 1), index[:, :, None, None], axis=1)
+                for ring, x in ((cache.ring_keys, k), (cache.ring_values, v))
             )
-        position = start[:, None] + jnp.arange(k.shape[1])[None, :]
+        if leaving:
+            slots = before[:, None] + jnp.arange(leaving)[None, :]
+            slots = jnp.where(slots < after[:, None], slots, -1)
+            store = self.append(store, leaving_k, leaving_v, slots, chunk.layer)
+        position = start[:, None] + jnp.arange(tokens)[None, :]
         counts = position < lengths[:, None]
-        if not chunk.first or k.shape[1] > self.residual + self.sink:  # else the window holds them all
-            leaving = self._slots(position, counts & (position < leaves_before))
-            store = self.append(store, k, v, leaving, chunk.layer)
         ring_keys, ring_values = cache.ring_keys, cache.ring_values
-        if self.residual:
-            slot = jnp.where(counts & (position >= leaves_before), position % self.residual, -1)
+        if self.ring:
+            slot = jnp.where(counts & (position >= (lengths - self.ring)[:, None]), position % self.ring, -1)
             ring_keys, ring_values = write_chunk(ring_keys, k, slot), write_chunk(ring_values, v, slot)
         sink_keys, sink_values = cache.sink_keys, cache.sink_values
         if self.sink:
             slot = jnp.where(counts, position, -1)
             sink_keys, sink_values = write_chunk(sink_keys, k, slot), write_chunk(sink_values, v, slot)
-        return WindowedCache(store, ring_keys, ring_values, sink_keys, sink_values, lengths)
-
-    def _slots(self, position: Int[Array, "B T"], leaving: Bool[Array, "B T"]) -> Int[Array, "B T"]:
-        """Coded slot of each token that leaves the window; -1 for those that do not (and for sinks)."""
-        return jnp.where(leaving & (position >= self.sink), position - self.sink, -1)
+        return WindowedCache(store, cache.slots, ring_keys, ring_values, sink_keys, sink_values, lengths)
