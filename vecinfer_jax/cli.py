@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import os
 import sys
 import tempfile
@@ -27,37 +26,38 @@ app.add_typer(evaluate_app, name="evaluate")
 
 Model = Annotated[str, typer.Option(help="A known name, a Hugging Face or Orbax directory, or a .gguf file.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; default: by device.")]
-Method = Annotated[str, typer.Option(help="How keys and values are kept; an unknown name lists those there are.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How keys and values are kept, with any of its settings: kivi, kivi:bits=2,group=32. "
+        "An unknown name lists those there are."
+    ),
+]
 Bits = Annotated[float | None, typer.Option(help="Average bits an element (vecinfer: 4, 3, 2, 1.5, 1.25, 1).")]
 Key = Annotated[str | None, typer.Option(help="Code format of the keys, such as d4b10.")]
 Value = Annotated[str | None, typer.Option(help="Code format of the values, such as d8b12.")]
 Residual = Annotated[int | None, typer.Option(help="Recent tokens kept in full precision.")]
 Sink = Annotated[int | None, typer.Option(help="First tokens kept in full precision.")]
 Transform = Annotated[str | None, typer.Option(help="Of the keys; smooth-hadamard is the paper's.")]
-Scope = Annotated[str | None, typer.Option(help="One codebook per layer_head or per layer.")]
+Scope = Annotated[str | None, typer.Option(help="One codebook per layer_head, per layer or global.")]
 CalibrationDir = Annotated[
     Path | None, typer.Option("--calibration", help="An artefact of `vecinfer calibrate`; default: shipped or kept.")
 ]
 Json = Annotated[Path | None, typer.Option("--json", help="Write what was measured here ('-': stdout).")]
+Seed = Annotated[int | None, typer.Option(help="Of the calibration to use; default: any that is there, else 0.")]
+Prefill = Annotated[
+    str, typer.Option(help="coded: prompts are read as decoding reads them; exact: as generation reads them.")
+]
+Batch = Annotated[int, typer.Option(help="Cases run at a time.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
-def make_method(name: str, **settings: Any) -> Any:
-    """A cache method from the command line's options; options left out keep the method's defaults."""
+def make_method(text: str, **settings: Any) -> Any:
+    """A cache method from "name" or "name:field=value,..." and options; what is left out keeps the method's default."""
+    from vecinfer_jax import specs
     from vecinfer_jax.caches import METHODS
 
-    if name not in METHODS:
-        raise InputError(f"unknown method {name!r}: choose from {', '.join(METHODS)}")
-    given = {key: value for key, value in settings.items() if value is not None}
-    known = {field.name for field in dataclasses.fields(METHODS[name])}  # type: ignore[arg-type]
-    unknown = sorted(set(given) - known)
-    if unknown:
-        raise InputError(f"method {name!r} has no --{unknown[0]}: leave it out")
-    if "bits" in given and not math.isfinite(given["bits"]):
-        raise InputError(f"bits={given['bits']} is not a width: give a number such as 2")
-    if "bits" in given and given["bits"] == int(given["bits"]):
-        given["bits"] = int(given["bits"])
-    return METHODS[name](**given)
+    return specs.parse(text, METHODS, "method", **settings)
 
 
 @app.command()
@@ -217,7 +217,8 @@ def evaluate_perplexity(
     dtype: Dtype = None,
     length: Annotated[int, typer.Option(help="Tokens a window.")] = 1024,
     windows: Annotated[int | None, typer.Option(help="Windows from the start; default: all.")] = None,
-    prefill: Annotated[str, typer.Option(help="coded: read what decoding reads; exact: as generation does.")] = "coded",
+    prefill: Prefill = "coded",
+    seed: Seed = None,
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -229,7 +230,7 @@ def evaluate_perplexity(
     )
     content = _read_text(text)
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, chosen, calibration, quiet)
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed)
     result = evaluation.perplexity(
         lm,
         chosen,
@@ -248,6 +249,150 @@ def evaluate_perplexity(
         print(f"bits per element  {result.bits_per_element:g}")
     if json_out is not None:
         _write_json(json_out, {"model": lm.name, "method": repr(chosen), **dataclasses.asdict(result)})
+
+
+@evaluate_app.command("needle")
+def evaluate_needle(
+    model: Model = "smollm2-135m-instruct",
+    method: Method = "vecinfer",
+    bits: Bits = None,
+    key: Key = None,
+    value: Value = None,
+    residual: Residual = None,
+    sink: Sink = None,
+    transform: Transform = None,
+    scope: Scope = None,
+    calibration: CalibrationDir = None,
+    dtype: Dtype = None,
+    length: Annotated[list[int] | None, typer.Option(help="Tokens a case; may be repeated. Default 2048.")] = None,
+    samples: Annotated[int, typer.Option(help="Cases at each length and depth.")] = 3,
+    prefill: Prefill = "coded",
+    seed: Seed = None,
+    batch_size: Batch = 8,
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """A number hidden in essays, at eight depths: how often it is found, and how likely the right one is."""
+    from vecinfer_jax.evaluation.needle import Needle
+
+    chosen = make_method(
+        method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
+    )
+    task = Needle(lengths=tuple(length) if length else (2048,), samples=samples)
+    _run_task(task, model, dtype, chosen, calibration, prefill, seed, batch_size, json_out, quiet)
+
+
+@evaluate_app.command("ruler")
+def evaluate_ruler(
+    model: Model = "smollm2-135m-instruct",
+    method: Method = "vecinfer",
+    bits: Bits = None,
+    key: Key = None,
+    value: Value = None,
+    residual: Residual = None,
+    sink: Sink = None,
+    transform: Transform = None,
+    scope: Scope = None,
+    calibration: CalibrationDir = None,
+    dtype: Dtype = None,
+    task: Annotated[list[str] | None, typer.Option(help="A RULER task; may be repeated. Default: all.")] = None,
+    length: Annotated[int, typer.Option(help="Tokens a case.")] = 4096,
+    samples: Annotated[int, typer.Option(help="Cases a task.")] = 8,
+    prefill: Prefill = "coded",
+    seed: Seed = None,
+    batch_size: Batch = 8,
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """RULER's synthetic tasks (arXiv 2404.06654)."""
+    from vecinfer_jax.evaluation.ruler import Ruler
+
+    chosen = make_method(
+        method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
+    )
+    named: dict[str, Any] = {"tasks": tuple(task)} if task else {}
+    ruler = Ruler(length=length, samples=samples, **named)
+    _run_task(ruler, model, dtype, chosen, calibration, prefill, seed, batch_size, json_out, quiet)
+
+
+@evaluate_app.command("gsm8k")
+def evaluate_gsm8k(
+    path: Annotated[Path, typer.Option("--problems-file", help="JSONL with question and answer.")],
+    model: Model = "smollm2-135m-instruct",
+    method: Method = "vecinfer",
+    bits: Bits = None,
+    key: Key = None,
+    value: Value = None,
+    residual: Residual = None,
+    sink: Sink = None,
+    transform: Transform = None,
+    scope: Scope = None,
+    calibration: CalibrationDir = None,
+    dtype: Dtype = None,
+    problems: Annotated[int, typer.Option(help="Problems whose gold solution is scored.")] = 100,
+    generated: Annotated[int, typer.Option(help="The first so many are answered, too.")] = 24,
+    prefill: Prefill = "coded",
+    seed: Seed = None,
+    batch_size: Batch = 8,
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Grade-school mathematics: likelihood of the gold solution, and generated answers."""
+    from vecinfer_jax.evaluation.gsm8k import GSM8K
+
+    chosen = make_method(
+        method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
+    )
+    task = GSM8K(path=path, problems=problems, generated=generated)
+    _run_task(task, model, dtype, chosen, calibration, prefill, seed, batch_size, json_out, quiet)
+
+
+@evaluate_app.command("table")
+def evaluate_table(
+    output: Annotated[Path, typer.Option(help="Directory of the table; a table that is there is gone on with.")],
+    model: Model = "smollm2-135m-instruct",
+    method: Annotated[
+        list[str] | None, typer.Option(help="Such as vecinfer:bits=2,residual=0; may be repeated.")
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="Such as perplexity:path=text.txt,windows=12 or needle:lengths=1024+2048; may be repeated."),
+    ] = None,
+    prefill: Annotated[list[str] | None, typer.Option(help="coded or exact; may be repeated. Default coded.")] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="Calibration seeds; may be repeated. Default 0.")] = None,
+    passages: Annotated[int, typer.Option(help="Calibration passages.")] = 64,
+    passage_length: Annotated[int, typer.Option(help="Tokens a calibration passage.")] = 512,
+    dtype: Dtype = None,
+    batch_size: Batch = 8,
+    plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
+    quiet: Quiet = False,
+) -> None:
+    """Methods x tasks: runs what is missing, writes results.json, report.md and plots."""
+    from vecinfer_jax import models, specs
+    from vecinfer_jax.evaluation.perplexity import check_prefill
+    from vecinfer_jax.evaluation.report import write_report
+    from vecinfer_jax.evaluation.table import TASKS, Table, check_task, rows_of
+
+    for how in prefill or []:
+        check_prefill(how)
+    methods = [make_method(text) for text in method or []]
+    tasks = [specs.parse(text, TASKS, "task") for text in task or []]
+    if bool(methods) != bool(tasks):
+        raise InputError("give --method and --task, or neither to report on the rows that are there")
+    if methods:
+        lm = models.load(model, dtype, progress=not quiet)
+        for each in tasks:
+            check_task(each, lm)
+        table = Table(
+            lm,
+            output,
+            passages=passages,
+            passage_length=passage_length,
+            batch=batch_size,
+            progress=not quiet,
+        )
+        table.run(rows_of(methods, tasks, prefills=prefill or ["coded"], seeds=seed or [0]))
+    print(write_report(output, plots=plots))
 
 
 @app.command()
@@ -335,13 +480,46 @@ def _read_text(path: Path) -> str:
         raise InputError(f"cannot read {path}: {error}") from None
 
 
-def _load(model: str, dtype: str | None, method: Any, directory: Path | None, quiet: bool) -> tuple[Any, Any]:
-    """The model, and the given calibration checked against it."""
+def _load(
+    model: str, dtype: str | None, method: Any, directory: Path | None, quiet: bool, seed: int | None = None
+) -> tuple[Any, Any]:
+    """The model, and the given calibration checked against it, or one of the seed that is asked for."""
     from vecinfer_jax import models
-    from vecinfer_jax.calibration.store import load_calibration
+    from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
 
+    if directory is not None and seed is not None:
+        raise InputError("give either --calibration or --seed: an artefact has its own seed")
     lm = models.load(model, dtype, progress=not quiet)
-    return lm, None if directory is None else load_calibration(directory, lm, method)
+    if directory is not None:
+        return lm, load_calibration(directory, lm, method)
+    return lm, None if seed is None else resolve_calibration(lm, method, seed=seed, progress=not quiet)
+
+
+def _run_task(
+    task: Any,
+    model: str,
+    dtype: str | None,
+    method: Any,
+    directory: Path | None,
+    prefill: str,
+    seed: int | None,
+    batch: int,
+    json_out: Path | None,
+    quiet: bool,
+) -> None:
+    """Runs a task of cases and prints what it measured."""
+    from vecinfer_jax import evaluation
+
+    _check_output(json_out)
+    lm, fitted = _load(model, dtype, method, directory, quiet, seed)
+    result = evaluation.answer(lm, task, method, fitted, prefill=prefill, batch=batch, progress=not quiet)
+    if json_out is None or str(json_out) != "-":
+        if result.answered:
+            print(f"score             {result.score:g} of {result.answered}")
+        print(f"gold NLL (nats)   {result.gold_nll:.4f} a case, {result.gold_nll_per_token:.4f} a token")
+        print(f"bits per element  {result.bits_per_element:g}")
+    if json_out is not None:
+        _write_json(json_out, {"model": lm.name, "method": repr(method), **dataclasses.asdict(result)})
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

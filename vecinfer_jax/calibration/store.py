@@ -11,7 +11,7 @@ from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
 from vecinfer_jax.calibration.collect import calibrate
-from vecinfer_jax.errors import CalibrationError, InputError
+from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
 
 
@@ -27,21 +27,31 @@ def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMeth
 
 
 def resolve_calibration(
-    lm: LanguageModel, method: CacheMethod, calibration: Calibration | None = None, *, progress: bool = True
+    lm: LanguageModel,
+    method: CacheMethod,
+    calibration: Calibration | None = None,
+    *,
+    seed: int | None = None,
+    progress: bool = True,
 ) -> Calibration:
-    """The calibration to use: the given one (checked), a shipped or kept one, or one made now and kept."""
+    """The calibration to use: the given one (checked), a shipped or kept one, or one made now and kept.
+
+    `seed` asks for one made with that seed; without it any will do.
+    """
+    if seed is not None:
+        check_seed(seed)
     if not method.needs_calibration:
         return Calibration(tuple({} for _ in range(lm.config.num_layers)), {"method": method.calibration_key()})
     if calibration is not None:
         calibration.check(lm.fingerprint, method.calibration_key())
         return calibration
-    found = find_calibration(lm, method)
+    found = find_calibration(lm, method, seed)
     if found is not None:
         return found
-    destination = kept_directory(lm, method)
+    destination = kept_directory(lm, method, seed)
     if progress:
         _say(f"no calibration of {lm.name} for {method.name} yet: calibrating once, kept in {destination}")
-    made = calibrate(lm, method, progress=progress)
+    made = calibrate(lm, method, seed=seed or 0, progress=progress)
     try:
         made.save(destination, force=True)
     except InputError as error:
@@ -49,14 +59,18 @@ def resolve_calibration(
     return made
 
 
-def find_calibration(lm: LanguageModel, method: CacheMethod) -> Calibration | None:
-    """A shipped or kept artefact for this model and method, or None. A damaged one is reported and passed over."""
+def find_calibration(lm: LanguageModel, method: CacheMethod, seed: int | None = None) -> Calibration | None:
+    """A shipped or kept artefact for this model and method (made with that seed, if one is given), or None.
+
+    A damaged one is reported and passed over.
+    """
     key = method.calibration_key()
-    kept = kept_directory(lm, method)
+    kept = kept_directory(lm, method, seed)
     for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
-            if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key:
+            seeded = seed is None or metadata.get("seed") == seed
+            if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key and seeded:
                 return load_calibration(directory, lm, method)
         except CalibrationError as error:
             _say(f"passed over: {error}")
@@ -76,9 +90,10 @@ def shipped() -> Iterator[Path]:
             return
 
 
-def kept_directory(lm: LanguageModel, method: CacheMethod) -> Path:
-    """Where the user's cache keeps the calibration of this model and method."""
+def kept_directory(lm: LanguageModel, method: CacheMethod, seed: int | None = None) -> Path:
+    """Where the user's cache keeps the calibration of this model and method (and seed, where one is asked for)."""
     key = json.dumps(method.calibration_key(), sort_keys=True)
     digest = hashlib.sha256(key.encode()).hexdigest()[:8]
+    suffix = f"-seed{seed}" if seed else ""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", lm.name).strip("-.") or "model"
-    return assets.cache_directory() / "calibrations" / f"{name}-{lm.fingerprint}" / f"{method.name}-{digest}"
+    return assets.cache_directory() / "calibrations" / f"{name}-{lm.fingerprint}" / f"{method.name}-{digest}{suffix}"

@@ -1,5 +1,22 @@
 """What a compressed cache costs in quality."""
 
+from vecinfer_jax.evaluation.answers import Answer, TaskResult, answer
+from vecinfer_jax.evaluation.cases import Case, Task
+from vecinfer_jax.evaluation.code_error import CodeErrorResult, code_error
+from vecinfer_jax.evaluation.gsm8k import GSM8K
+from vecinfer_jax.evaluation.needle import Needle
 from vecinfer_jax.evaluation.perplexity import PerplexityResult, perplexity
 
-__all__ = ["PerplexityResult", "perplexity"]
+__all__ = [
+    "GSM8K",
+    "Answer",
+    "Case",
+    "CodeErrorResult",
+    "Needle",
+    "PerplexityResult",
+    "Task",
+    "TaskResult",
+    "answer",
+    "code_error",
+    "perplexity",
+]

@@ -1,0 +1,176 @@
+"""A table keeps every finished row, runs only what is missing, and reports what it holds."""
+
+import json
+
+import pytest
+
+import vecinfer_jax as vj
+from tests import small
+from tests.evaluation.stand_in import StandIn
+from vecinfer_jax import cli
+from vecinfer_jax.errors import InputError
+from vecinfer_jax.evaluation import report, table
+
+CODED = vj.VecInfer(bits=1, residual=0)
+TEXT = "".join(small.texts())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A table of two methods, three tasks and two seeds -> (directory, tasks)."""
+    directory = tmp_path_factory.mktemp("table")
+    text = directory / "text.txt"
+    text.write_text(TEXT)
+    tasks = [table.TextTask(text, 60, 2), table.CodeErrorTask(text, 60, 2), StandIn()]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(table, "calibrate", calibrate)
+        assert run(directory, tasks) == 3 + 2 * 3
+    return directory, tasks
+
+
+def calibrate(lm, method, seed=0, progress=True, **_):
+    """In place of the default text, which would be fetched."""
+    return vj.calibrate(lm, method, small.texts(), passages=4, passage_length=64, batch=2, seed=seed, progress=False)
+
+
+def run(directory, tasks, methods=(vj.FullPrecision(), CODED), seeds=(0, 1), **options):
+    made = table.Table(small.model(), directory / "out", batch=2, progress=False, **options)
+    return made.run(table.rows_of(methods, tasks, prefills=["coded"], seeds=seeds))
+
+
+def test_rows_say_what_was_measured(finished):
+    directory, _ = finished
+    rows = report.read_rows(directory / "out")
+    assert len(rows) == 9
+    by_method = {(r["method"]["name"], r["task"]["name"], r["seed"]): r["result"] for r in rows}
+    full, coded = by_method["full", "perplexity", None], by_method["vecinfer", "perplexity", 0]
+    assert full["kl"] == 0 and coded["kl"] > 1e-4
+    alone = vj.evaluate.perplexity(
+        small.model(), CODED, calibrate(small.model(), CODED), TEXT, length=60, windows=2, progress=False
+    )
+    assert coded["perplexity"] == pytest.approx(alone.perplexity, rel=1e-6)
+    assert by_method["vecinfer", "perplexity", 1]["perplexity"] != coded["perplexity"]
+    assert by_method["full", "code-error", None]["key_error"] == 0
+    assert 0.05 < by_method["vecinfer", "code-error", 0]["key_error"] < 1
+    assert by_method["vecinfer", "stand-in", 0]["answered"] == 3
+    assert all(r["device"] and r["versions"] and r["fingerprint"] == small.model().fingerprint for r in rows)
+
+
+def test_what_is_there_is_not_run_again_and_what_is_damaged_or_lost_is(finished, monkeypatch):
+    directory, tasks = finished
+    monkeypatch.setattr(table, "calibrate", None)  # the calibrations are kept, too
+    assert run(directory, tasks) == 0
+    lost = next((directory / "out" / "rows").glob("perplexity-vecinfer-*.json"))
+    before = json.loads(lost.read_text())
+    lost.unlink()
+    assert run(directory, tasks) == 1
+    after = json.loads(lost.read_text())
+    assert after["result"] == before["result"]
+
+
+def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    tasks = [table.TextTask(text, 60, 1), table.TextTask(text, 50, 1)]
+    original = table.Table._measure
+    asked = []
+
+    def interrupted(self, row):
+        asked.append(row)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return original(self, row)
+
+    monkeypatch.setattr(table.Table, "_measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, tasks, methods=[vj.FullPrecision()])
+    assert len(list((tmp_path / "out" / "rows").iterdir())) == 1
+    assert run(tmp_path, tasks, methods=[vj.FullPrecision()]) == 1
+    assert asked[1] == asked[2]
+
+
+def test_other_settings_or_another_text_are_other_rows(finished):
+    directory, tasks = finished
+    made = table.Table(small.model(), directory / "out", progress=False)
+    row = table.Row(CODED, tasks[0], "coded", 0)
+    identity = json.dumps(made.identity(row))
+    other = table.Row(vj.VecInfer(bits=1, residual=4), tasks[0], "coded", 0)
+    assert json.dumps(made.identity(other)) != identity
+    assert json.dumps(made.identity(table.Row(CODED, tasks[0], "exact", 0))) != identity
+    fast = table.Row(vj.VecInfer(bits=1, residual=0, implementation="xla"), tasks[0], "coded", 0)
+    assert json.dumps(made.identity(fast)) == identity
+    text = tasks[0].path
+    content = text.read_text()
+    text.write_text("another " + content)
+    try:
+        assert json.dumps(made.identity(row)) != identity
+    finally:
+        text.write_text(content)
+
+
+def test_the_report_has_every_row_and_the_plots_are_drawn(finished):
+    directory, _ = finished
+    path = report.write_report(directory / "out")
+    written = path.read_text()
+    assert written.count("| vecinfer 1 bit, residual=0 | coded |") == 3 + 1  # three tasks and the table by label
+    assert "± " in written and "nan" not in written
+    images = sorted(p.name for p in (directory / "out").glob("*.png"))
+    assert len(images) == 2 and all(name in written for name in images)
+    assert report.read_rows(directory / "out" / "results.json") == report.read_rows(directory / "out")
+
+
+def test_heatmaps_are_drawn_from_grids(tmp_path):
+    def perplexity_row(key, value):
+        settings = {"name": "vecinfer", "key": key, "value": value, "bits": 2}
+        task = {"name": "perplexity", "length": 8}
+        result = {"perplexity": 20.0, "bits_per_element": 2.0, "kl": 0.1, "top1_agreement": 0.9}
+        return ROW | {"method": settings, "task": task, "result": result}
+
+    def needle_row():
+        answers = [{"labels": {"length": n, "depth": d}, "score": d, "gold_nll": 1.0} for n in (8, 16) for d in (0, 1)]
+        result = {"answers": answers, "bits_per_element": 2.0, "score": 2.0, "answered": 4, "gold_nll": 1.0}
+        return ROW | {"task": {"name": "needle"}, "result": result | {"gold_nll_per_token": 0.1}}
+
+    rows = [perplexity_row(k, v) for k in ("d4b8", "d8b8") for v in ("d4b8", "d8b8")] + [needle_row()]
+    names = report.draw(rows, tmp_path)
+    assert sum("key-value" in name for name in names) == 1
+    assert sum("heatmap" in name for name in names) == 1
+    assert all((tmp_path / name).stat().st_size > 1000 for name in names)
+
+
+ROW = {"model": "m", "dtype": "float32", "seed": 0, "prefill": "coded", "device": "cpu", "method": {"name": "kivi"}}
+
+
+def test_damaged_rows_are_named(tmp_path):
+    (tmp_path / "rows").mkdir()
+    with pytest.raises(InputError, match="no finished rows"):
+        report.read_rows(tmp_path)
+    (tmp_path / "rows" / "x.json").write_text("{")
+    with pytest.raises(InputError, match=r"x\.json cannot be read"):
+        report.read_rows(tmp_path)
+
+
+def test_the_command_runs_a_table(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vecinfer_jax.models.load", lambda *args, **kwargs: small.model())
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    command = ["evaluate", "table", "--output", tmp_path / "t", "--method", "full", "--quiet", "--no-plots"]
+    command += ["--task", f"perplexity:path={text},length=60,windows=1"]
+    assert cli.main([str(part) for part in command]) == 0
+    assert "| full | coded |" in (tmp_path / "t" / "report.md").read_text()
+    assert capsys.readouterr().out.strip() == str(tmp_path / "t" / "report.md")
+    for wrong in (["--method", "magic"], ["--task", "perplexity:path=nowhere.txt"], ["--prefill", "magic"]):
+        assert cli.main([str(part) for part in command + wrong]) == 1
+        out, err = capsys.readouterr()
+        assert not out and err.startswith("vecinfer: ") and err.count("\n") == 1
+
+
+def test_the_command_runs_a_task(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("vecinfer_jax.models.load", lambda *args, **kwargs: small.model())
+    monkeypatch.setattr("vecinfer_jax.evaluation.needle.Needle", lambda **settings: StandIn())
+    out = tmp_path / "n.json"
+    command = ["evaluate", "needle", "--method", "full", "--batch-size", "2", "--quiet", "--json", str(out)]
+    assert cli.main(command) == 0
+    printed = capsys.readouterr().out
+    content = json.loads(out.read_text())
+    assert f"of {content['answered']}" in printed and len(content["answers"]) == 5

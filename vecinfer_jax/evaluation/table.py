@@ -1,0 +1,249 @@
+"""A table of methods x tasks: run, kept row by row, resumed, reported.
+
+A directory holds `rows/` (one JSON file per finished row, so that an interrupted run loses one row at most and several
+processes may share the work), `calibrations/`, and what `report` makes of the rows: `results.json`, `report.md` and
+plots.
+"""
+
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.calibration.artefact import Calibration, read_calibration, versions
+from vecinfer_jax.calibration.collect import calibrate
+from vecinfer_jax.calibration.store import resolve_calibration
+from vecinfer_jax.errors import CalibrationError, InputError
+from vecinfer_jax.evaluation.answers import answer
+from vecinfer_jax.evaluation.cases import Task
+from vecinfer_jax.evaluation.code_error import code_error
+from vecinfer_jax.evaluation.gsm8k import GSM8K
+from vecinfer_jax.evaluation.needle import Needle
+from vecinfer_jax.evaluation.perplexity import check_prefill, full_precision_hidden, perplexity, text_windows
+from vecinfer_jax.models import LanguageModel
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class TextTask:
+    """Windows of a UTF-8 text file: `windows` of `length` tokens from its start (all whole ones by default)."""
+
+    path: Path
+    length: int = 1024
+    windows: int | None = None
+
+    name: ClassVar[str] = "perplexity"
+
+    def text(self) -> str:
+        """The file's content. Raises `InputError`."""
+        try:
+            return self.path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"cannot read {self.path}: {error}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class CodeErrorTask(TextTask):
+    """Relative L2 error of keys and values read from codes, over the same windows of a text."""
+
+    name: ClassVar[str] = "code-error"
+
+
+# Names on the command line.
+TASKS: dict[str, type] = {task.name: task for task in (TextTask, CodeErrorTask, Needle, GSM8K)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One cell of the table: a method on a task. `seed` is of the calibration; None where the method has none."""
+
+    method: CacheMethod
+    task: Any
+    prefill: str
+    seed: int | None
+
+
+class Table:
+    """Runs rows of one model and keeps them in a directory."""
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        directory: str | Path,
+        *,
+        passages: int = 64,
+        passage_length: int = 512,
+        batch: int = 8,
+        progress: bool = True,
+    ) -> None:
+        self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
+        self._calibrate = {"passages": passages, "passage_length": passage_length}
+        self._kept: dict[Any, Any] = {}
+        try:
+            (self.directory / "rows").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write {self.directory}: {error.strerror}") from None
+
+    def run(self, rows: Iterable[Row]) -> int:
+        """Runs those rows that the directory does not hold yet -> how many were run."""
+        rows = list(rows)
+        for row in rows:
+            check_prefill(row.prefill)
+        # What takes longest to prepare is a calibration: rows that share one stand together.
+        missing = [row for row in dict.fromkeys(rows) if not self._path(row).exists()]
+        with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", disable=not self.progress) as bar:
+            for row in missing:
+                bar.set_postfix_str(f"{row.method.name} {row.task.name}")
+                content = self._measure(row)
+                _write(self._path(row), content)
+                bar.update()
+        return len(missing)
+
+    def identity(self, row: Row) -> dict[str, Any]:
+        """What a row was measured on: a row with an equal identity is not measured again."""
+        return {
+            "format": FORMAT,
+            "model": self.lm.name,
+            "fingerprint": self.lm.fingerprint,
+            "dtype": str(np.dtype(self.lm.dtype)),
+            "method": {"name": row.method.name} | _settings(row.method),
+            "task": {"name": row.task.name} | _settings(row.task),
+            "prefill": row.prefill,
+            "seed": row.seed,
+            "calibration": self._calibrate if row.method.needs_calibration else None,
+        }
+
+    def _path(self, row: Row) -> Path:
+        digest = hashlib.sha256(json.dumps(self.identity(row), sort_keys=True).encode()).hexdigest()[:16]
+        return self.directory / "rows" / f"{row.task.name}-{row.method.name}-{digest}.json"
+
+    def _measure(self, row: Row) -> dict[str, Any]:
+        calibration = self._calibration(row)
+        begin = time.perf_counter()
+        result = self._result(row, calibration)
+        return self.identity(row) | {
+            "result": dataclasses.asdict(result),
+            "seconds": round(time.perf_counter() - begin, 1),
+            "calibration_digest": calibration.digest if row.method.needs_calibration else None,
+            "device": jax.devices()[0].device_kind,
+            "versions": versions(),
+        }
+
+    def _result(self, row: Row, calibration: Calibration) -> Any:
+        lm, task = self.lm, row.task
+        if isinstance(task, TextTask):
+            text = task.text()
+            if isinstance(task, CodeErrorTask):
+                windows = text_windows(lm, text, task.length, task.windows)
+                return code_error(lm, row.method, calibration, windows, progress=False)
+
+            def reference() -> Any:
+                return full_precision_hidden(lm, text_windows(lm, text, task.length, task.windows), progress=False)
+
+            return perplexity(
+                lm,
+                row.method,
+                calibration,
+                text,
+                length=task.length,
+                windows=task.windows,
+                prefill=row.prefill,
+                reference=self._once(("reference", task), reference),
+                progress=False,
+            )
+        return answer(lm, task, row.method, calibration, prefill=row.prefill, batch=self.batch, progress=False)
+
+    def _calibration(self, row: Row) -> Calibration:
+        if not row.method.needs_calibration:
+            return resolve_calibration(self.lm, row.method)
+        key = json.dumps([row.method.calibration_key(), row.seed, self._calibrate], sort_keys=True)
+        digest = hashlib.sha256(f"{self.lm.fingerprint} {key}".encode()).hexdigest()[:12]
+        directory = self.directory / "calibrations" / f"{row.method.name}-{digest}"
+
+        def make() -> Calibration:
+            if directory.exists():
+                try:
+                    kept = read_calibration(directory)
+                    kept.check(self.lm.fingerprint, row.method.calibration_key())
+                    return kept
+                except CalibrationError:
+                    pass  # damaged: made again
+            made = calibrate(self.lm, row.method, seed=row.seed or 0, progress=False, **self._calibrate)
+            made.save(directory, force=True)
+            return made
+
+        return self._once(("calibration", digest), make)
+
+    def _once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The last thing made of a kind: rows that need the same stand together."""
+        if self._kept.get(key[0], (None, None))[0] != key:
+            self._kept[key[0]] = (key, make())
+        return self._kept[key[0]][1]
+
+
+def rows_of(
+    methods: Sequence[CacheMethod], tasks: Sequence[Any], *, prefills: Sequence[str], seeds: Sequence[int]
+) -> list[Row]:
+    """Methods x tasks, in an order in which calibrations and references are made once."""
+    rows = []
+    for method in methods:
+        for seed in seeds if method.needs_calibration else [None]:
+            for task, prefill in itertools.product(tasks, prefills):
+                # How a text's prompt is read makes no difference to the error of the codes, nor to exact keys.
+                how = "coded" if isinstance(task, CodeErrorTask) or method.name == "full" else prefill
+                rows.append(Row(method, task, how, seed))
+    return list(dict.fromkeys(rows))
+
+
+def _settings(instance: Any) -> dict[str, Any]:
+    """A dataclass's fields as JSON; how a method's kernels run is none of its settings, a file is its content."""
+    settings: dict[str, Any] = {}
+    for field in dataclasses.fields(instance):
+        value = getattr(instance, field.name)
+        if field.name in ("implementation", "interpret"):
+            continue
+        if isinstance(value, Path):
+            settings[field.name] = value.name
+            try:
+                settings[f"{field.name}_sha256"] = hashlib.sha256(value.read_bytes()).hexdigest()[:16]
+            except OSError as error:
+                raise InputError(f"cannot read {value}: {error.strerror}") from None
+        else:
+            settings[field.name] = value if isinstance(value, int | float | str | None) else _jsonable(value)
+    return settings
+
+
+def _jsonable(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else repr(value)
+
+
+def _write(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON so that the file is there whole or not at all."""
+    try:
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False, encoding="utf-8") as file:
+            json.dump(content, file, indent=1, ensure_ascii=False)
+            file.write("\n")
+        os.replace(file.name, path)
+    except OSError as error:
+        raise InputError(f"cannot write {path}: {error.strerror}") from None
+
+
+def check_task(task: Any, lm: LanguageModel) -> None:
+    """Raises `VecInferError` where a task cannot be run on a model, before anything else is."""
+    if isinstance(task, TextTask):
+        text_windows(lm, task.text(), task.length, task.windows)
+    else:
+        checked: Task = task
+        checked.cases(lm)
