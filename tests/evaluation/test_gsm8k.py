@@ -33,7 +33,7 @@ def problem(i: int = 0, answer: str = ANSWER) -> dict[str, str]:
 def test_the_gold_is_the_solution_without_calculator_marks(tmp_path):
     case = GSM8K(problems(tmp_path, problem())).cases(chat_model())[0]
     gold = chat_model().tokenizer.decode(case.gold)
-    assert gold == "He has 3*4=12 pens.\nThey cost $1,200.\nThe answer is 1,200."
+    assert gold == "He has 3*4=12 pens.\nThey cost $1,200.\nThe answer is \\boxed{1,200}."
     assert case.answers == ("1,200",)
     prompt = chat_model().tokenizer.decode(case.prompt)
     assert prompt.startswith("<user>Question 0: how much?") and prompt.endswith("</><assistant>")

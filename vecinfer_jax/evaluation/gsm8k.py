@@ -15,8 +15,8 @@ from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.evaluation.cases import Case, chat_prompt, check_whole, tokenizer_of, with_gold
 from vecinfer_jax.models import LanguageModel
 
-MESSAGE = "{question}\n\nSolve this step by step. End with a line that says only 'The answer is' and the final number."
-ANSWER = "The answer is {number}."
+MESSAGE = "{question}\nPlease reason step by step, and put your final answer within \\boxed{{}}."
+ANSWER = "The answer is \\boxed{{{number}}}."
 _CALCULATOR = re.compile(r"<<[^<>]*>>")
 _FINAL = "####"
 # A minus is a sign only where nothing stands before it that could be subtracted from.
