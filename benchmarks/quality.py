@@ -1,80 +1,156 @@
-"""Perplexity of each method on a text, as JSON: the source of the README's quality table.
+"""Quality of every method, as tables of rows: the source of what the README and docs/quality.md say about it.
 
-    python benchmarks/quality.py --text wikitext2_detok_test.txt [--model NAME] [--windows 12]
+    python benchmarks/quality.py --group paper --model smollm2-135m-instruct --data DIR --output WORK [--workers 4]
 
-Rows are written as they are measured, and rows already in the file are not measured again.
+`DIR` holds wikitext2_detok_test.txt, gsm8k_test.jsonl and essays.txt. Groups share one working directory: a row is
+measured once, an interrupted run goes on, and each run writes the rows of its groups to
+benchmarks/results/<device>/quality-<model>-<group>.json (or below --results). Everything is float32.
 """
 
 import argparse
-import dataclasses
-import hashlib
+import itertools
 import json
-import time
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import results
 
 import vecinfer_jax as vj
-from vecinfer_jax.evaluation.perplexity import rescoring_kl
+from vecinfer_jax import specs
+from vecinfer_jax.caches import METHODS
+from vecinfer_jax.evaluation.report import read_rows
+from vecinfer_jax.evaluation.table import TASKS, Table, rows_of
 
-ROWS = {
-    "full": vj.FullPrecision(),
-    "vecinfer-2-r128": vj.VecInfer(bits=2, residual=128),
-    "vecinfer-2-r0": vj.VecInfer(bits=2, residual=0),
-}
+SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
+WINDOWS = {SMOLLM2: 12, QWEN: 6}
+FORMATS = ("d8b8", "d8b12", "d4b8", "d4b12", "d2b8")
+TRANSFORMS = ("none", "smooth", "hadamard", "hadamard-smooth")
+PAPER = [f"vecinfer:bits={bits:g}" for bits in (4, 3, 2, 1.5, 1.25, 1)] + ["vecinfer:key=d4b10,value=d8b12"]
+BASELINES = [
+    *(f"kivi:bits={bits},group=32" for bits in (4, 2)),
+    "kivi:bits=2,group=64",
+    *(f"hadamard-int:bits={bits}" for bits in (4, 3, 2)),
+    *(f"plain-vq:bits={bits:g}" for bits in (4, 2, 1)),
+]
+JUDGED = ["full", "vecinfer:bits=4", "vecinfer:bits=2", "kivi:bits=2,group=32", "hadamard-int:bits=2"]
 
 
-def main() -> None:
+def windowed(methods: list[str], residuals: tuple[int, ...]) -> list[str]:
+    """Each method with each residual window; full precision has none."""
+    return [m if m == "full" else f"{m},residual={r}" for m in methods for r in residuals if m != "full" or not r]
+
+
+def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
+    """name -> methods, tasks, prefills, seeds."""
+    windows = WINDOWS.get(model, 6)
+    text = f"perplexity:path={data / 'wikitext2_detok_test.txt'},windows={windows}"
+    error = f"code-error:path={data / 'wikitext2_detok_test.txt'},windows=4"
+    long = [
+        f"perplexity:path={data / name},length=8192,windows=2" for name in ("essays.txt", "wikitext2_detok_test.txt")
+    ]
+    shown = windowed(["full", *PAPER, *BASELINES], (0, 128))
+    return {
+        "paper": {"methods": windowed(["full", *PAPER], (0, 128)), "tasks": [text], "seeds": [0, 1, 2]},
+        "baselines": {"methods": windowed(BASELINES, (0, 128)), "tasks": [text], "seeds": [0]},
+        "transforms": {
+            "methods": [
+                f"vecinfer:bits={bits},transform={t},residual=0"
+                for bits, t in itertools.product((2, 1.5), ("smooth-hadamard", *TRANSFORMS))
+            ],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        "scopes": {
+            "methods": [
+                f"vecinfer:bits={bits},scope={s},residual=0"
+                for bits, s in itertools.product((2, 1.5), ("layer_head", "layer", "global"))
+            ],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        "formats": {
+            "methods": [f"vecinfer:key={k},value={v},residual=0" for k in FORMATS for v in FORMATS],
+            "tasks": [text],
+            "seeds": [0],
+        },
+        "codes": {"methods": windowed([*PAPER, *BASELINES], (0,)), "tasks": [error], "seeds": [0, 1, 2]},
+        "long": {"methods": [*windowed(JUDGED, (128,)), "full"], "tasks": long, "seeds": [0]},
+        "needle": {"methods": shown, "tasks": ["needle"], "prefills": ["coded", "exact"], "seeds": [0]},
+        "ruler": {
+            "methods": [*windowed(JUDGED, (128,)), "full"],
+            "tasks": ["ruler:length=4096,samples=10"],
+            "prefills": ["coded", "exact"],
+            "seeds": [0],
+        },
+        "gsm8k": {
+            "methods": [*windowed(JUDGED, (128,)), "full"],
+            "tasks": [f"gsm8k:path={data / 'gsm8k_test.jsonl'},problems=100,generated=24"],
+            "prefills": ["exact", "coded"],
+            "seeds": [0],
+        },
+    }
+
+
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--model", default="smollm2-135m-instruct")
-    parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--windows", type=int, default=12)
-    parser.add_argument("--rows", nargs="*", default=list(ROWS), choices=list(ROWS))
-    parser.add_argument("--rescoring-tokens", type=int, default=512, help="0: leave out")
-    parser.add_argument("--output", type=Path)
+    parser.add_argument("--group", nargs="+", required=True)
+    parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--output", type=Path, required=True, help="working directory of the table")
+    parser.add_argument("--results", type=Path, help="where the JSON files go")
+    parser.add_argument("--passages", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the rows")
+    parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
-    name = f"quality-{args.model}"
-    path = args.output or results.ROOT / results.device_name() / f"{name}.json"
-    content = json.loads(path.read_text()) if path.exists() else {"rows": {}}
-    text = args.text.read_text()
-    digest = hashlib.sha256(text.encode()).hexdigest()
-    content["model"] = args.model
-    lm = vj.load(args.model, args.dtype)
-    for row in args.rows:
-        method = ROWS[row]
-        calibration = vj.resolve_calibration(lm, method)
-        provenance = {
-            "method": repr(method),
-            "dtype": args.dtype,
-            "text": args.text.name,
-            "text_sha256": digest,
-            "calibration": calibration.digest,
-        }
-        old = content["rows"].get(row, {})
-        same = provenance.items() <= old.items()
-        if same and (old["length"], old["windows"]) == (args.length, args.windows):
-            continue
-        begin = time.perf_counter()
-        result = vj.evaluate.perplexity(lm, method, calibration, text, length=args.length, windows=args.windows)
-        seconds = round(time.perf_counter() - begin, 1)
-        content["rows"][row] = dataclasses.asdict(result) | provenance | {"seconds": seconds}
-        results.write(name, content, args.output)
-    if args.rescoring_tokens:
-        method = ROWS["vecinfer-2-r128"]
-        calibration = vj.resolve_calibration(lm, method)
-        tokens = lm.tokenizer.encode(text)[: args.rescoring_tokens]
-        content["rescoring"] = {
-            "method": repr(method),
-            "calibration": calibration.digest,
-            "text_sha256": digest,
-            "tokens": len(tokens),
-            "kl_decoded_from_scored": rescoring_kl(lm, method, calibration, tokens, start=1),
-        }
-    print(results.write(name, content, args.output))
+    known = groups(args.model, args.data)
+    unknown = [name for name in args.group if name not in known]
+    if unknown:
+        parser.error(f"no group {unknown[0]}: choose from {', '.join(known)}")
+    if args.workers > 1 and args.worker is None:
+        command = [sys.executable, __file__, *sys.argv[1:]]
+        workers = [subprocess.Popen([*command, "--worker", str(i)]) for i in range(args.workers)]
+        statuses = [worker.wait() for worker in workers]
+        if any(statuses):
+            return 1
+    lm = vj.load(args.model, "float32", progress=False)
+    table = Table(lm, args.output, passages=args.passages, batch=args.batch, progress=args.worker in (None, 0))
+    rows = {}
+    for name in args.group:
+        wanted = known[name]
+        rows[name] = rows_of(
+            [specs.parse(text, METHODS, "method") for text in wanted["methods"]],
+            [specs.parse(text, TASKS, "task") for text in wanted["tasks"]],
+            prefills=wanted.get("prefills", ["coded"]),
+            seeds=wanted["seeds"],
+        )
+    every = list(dict.fromkeys(itertools.chain(*rows.values())))
+    if args.worker is not None:  # rows that share a calibration stay together
+        shared: dict[Any, int] = {}
+        for row in every:
+            shared.setdefault((json.dumps(row.method.calibration_key(), sort_keys=True), row.seed), len(shared))
+        every = [
+            row
+            for row in every
+            if shared[json.dumps(row.method.calibration_key(), sort_keys=True), row.seed] % args.workers == args.worker
+        ]
+    table.run(every)
+    if args.worker is None:
+        for name, wanted in rows.items():
+            paths = {table.path(row) for row in wanted}
+            content = {"model": args.model, "group": name, "rows": [r for p in sorted(paths) for r in read_rows(p)]}
+            print(
+                results.write(
+                    f"quality-{args.model}-{name}",
+                    content,
+                    args.results and args.results / f"quality-{args.model}-{name}.json",
+                )
+            )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

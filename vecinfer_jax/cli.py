@@ -376,7 +376,7 @@ def evaluate_table(
     for how in prefill or []:
         check_prefill(how)
     methods = [make_method(text) for text in method or []]
-    tasks = [specs.parse(text, TASKS, "task") for text in task or []]
+    tasks: list[Any] = [specs.parse(text, TASKS, "task") for text in task or []]
     if bool(methods) != bool(tasks):
         raise InputError("give --method and --task, or neither to report on the rows that are there")
     if methods:

@@ -51,12 +51,12 @@ def _value(field: Any, value: Any) -> Any:
         return int(value) if value.is_integer() else value
     if not isinstance(value, str):
         return value
-    annotation = field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
-    if field.type is Path or annotation == "Path":
+    annotation = str(field.type)
+    if "Path" in annotation:
         return Path(value)
     if "tuple" in annotation or isinstance(field.default, tuple):
-        return tuple(_scalar(field.name, part, str(field.type)) for part in value.split("+"))
-    return _scalar(field.name, value, str(field.type))
+        return tuple(_scalar(field.name, part, annotation) for part in value.split("+"))
+    return _scalar(field.name, value, annotation)
 
 
 def _scalar(name: str, text: str, annotation: str) -> Any:

@@ -12,6 +12,7 @@ from vecinfer_jax.errors import InputError
 from vecinfer_jax.evaluation import report, table
 
 CODED = vj.VecInfer(bits=1, residual=0)
+METHODS = (vj.FullPrecision(), CODED)
 TEXT = "".join(small.texts())
 
 
@@ -33,7 +34,7 @@ def calibrate(lm, method, seed=0, progress=True, **_):
     return vj.calibrate(lm, method, small.texts(), passages=4, passage_length=64, batch=2, seed=seed, progress=False)
 
 
-def run(directory, tasks, methods=(vj.FullPrecision(), CODED), seeds=(0, 1), **options):
+def run(directory, tasks, methods=METHODS, seeds=(0, 1), **options):
     made = table.Table(small.model(), directory / "out", batch=2, progress=False, **options)
     return made.run(table.rows_of(methods, tasks, prefills=["coded"], seeds=seeds))
 

@@ -6,6 +6,7 @@ from vecinfer_jax.evaluation.code_error import CodeErrorResult, code_error
 from vecinfer_jax.evaluation.gsm8k import GSM8K
 from vecinfer_jax.evaluation.needle import Needle
 from vecinfer_jax.evaluation.perplexity import PerplexityResult, perplexity
+from vecinfer_jax.evaluation.ruler import Ruler
 
 __all__ = [
     "GSM8K",
@@ -14,6 +15,7 @@ __all__ = [
     "CodeErrorResult",
     "Needle",
     "PerplexityResult",
+    "Ruler",
     "Task",
     "TaskResult",
     "answer",

@@ -215,7 +215,8 @@ class _Niah:
             f"Memorize {'them' if many else 'it'}: I will ask you for {'them' if many else 'it'} afterwards.\n"
             f"{context}\nWhat {'are all' if many else 'is'} the {of}?"
         )
-        beginning = f"The {of} {'are' if many else 'is'}"
+        # With the needles' colon, because a model writes it before the value otherwise.
+        beginning = f"The {of} {'are' if many else 'is'}:"
         return Question(message, beginning, f" {_listed(answers)}", answers)
 
     def _context(self, rng: random.Random, size: int, pairs: list[tuple[str, str]], what: str, taken: set[str]) -> str:

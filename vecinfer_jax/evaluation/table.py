@@ -31,6 +31,7 @@ from vecinfer_jax.evaluation.code_error import code_error
 from vecinfer_jax.evaluation.gsm8k import GSM8K
 from vecinfer_jax.evaluation.needle import Needle
 from vecinfer_jax.evaluation.perplexity import check_prefill, full_precision_hidden, perplexity, text_windows
+from vecinfer_jax.evaluation.ruler import Ruler
 from vecinfer_jax.models import LanguageModel
 
 FORMAT = 1
@@ -62,7 +63,7 @@ class CodeErrorTask(TextTask):
 
 
 # Names on the command line.
-TASKS: dict[str, type] = {task.name: task for task in (TextTask, CodeErrorTask, Needle, GSM8K)}
+TASKS: dict[str, type] = {task.name: task for task in (TextTask, CodeErrorTask, Needle, Ruler, GSM8K)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Table:
         progress: bool = True,
     ) -> None:
         self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
-        self._calibrate = {"passages": passages, "passage_length": passage_length}
+        self._calibrate: dict[str, Any] = {"passages": passages, "passage_length": passage_length}
         self._kept: dict[Any, Any] = {}
         try:
             (self.directory / "rows").mkdir(parents=True, exist_ok=True)
@@ -102,12 +103,12 @@ class Table:
         for row in rows:
             check_prefill(row.prefill)
         # What takes longest to prepare is a calibration: rows that share one stand together.
-        missing = [row for row in dict.fromkeys(rows) if not self._path(row).exists()]
+        missing = [row for row in dict.fromkeys(rows) if not self.path(row).exists()]
         with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", disable=not self.progress) as bar:
             for row in missing:
                 bar.set_postfix_str(f"{row.method.name} {row.task.name}")
                 content = self._measure(row)
-                _write(self._path(row), content)
+                _write(self.path(row), content)
                 bar.update()
         return len(missing)
 
@@ -125,7 +126,8 @@ class Table:
             "calibration": self._calibrate if row.method.needs_calibration else None,
         }
 
-    def _path(self, row: Row) -> Path:
+    def path(self, row: Row) -> Path:
+        """Where a finished row is kept."""
         digest = hashlib.sha256(json.dumps(self.identity(row), sort_keys=True).encode()).hexdigest()[:16]
         return self.directory / "rows" / f"{row.task.name}-{row.method.name}-{digest}.json"
 
