@@ -188,13 +188,14 @@ def test_a_case_does_not_depend_on_the_other_tasks():
 
 
 def test_the_chat_template_is_put_around_the_question():
-    chat = Ruler(("vt",), LENGTH, 1, chat=True)
-    (case,) = chat.cases(lm(TEMPLATE))
+    (case,) = Ruler(("vt",), LENGTH, 1).cases(lm(TEMPLATE))
     text = text_of(case)
     assert text.startswith("<user>Memorize") and "Find all of them.</><assistant>Answer: According" in text
     assert case.tokens <= LENGTH
     with pytest.raises(InputError, match="no chat template"):
-        chat.cases(lm())
+        Ruler(("vt",), LENGTH, 1, chat=True).cases(lm())
+    plain = Ruler(("vt",), LENGTH, 1, chat=False)
+    assert plain.cases(lm(TEMPLATE)) == plain.cases(lm()) == cases("vt")[:1]
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -97,5 +97,5 @@ class Needle:
         if count is None:
             raise InputError(f"length={length} is too short for a needle, a question and an answer: give more")
         prompt, gold = encode(count)
-        labels = {"length": length, "depth": depth, "sample": sample}
+        labels = {"length": length, "depth": float(depth), "sample": sample}
         return Case(prompt, gold, (value,), NEW_TOKENS, labels)

@@ -87,7 +87,8 @@ class Ruler:
     length:  tokens of prompt and answer together, at most; a prompt is filled with whole sentences, words, ...
     samples: cases of each task.
     seed:    decides all that is random.
-    chat:    whether the question goes through the model's chat template; if not, the prompt is text to be continued.
+    chat:    whether the question goes through the model's chat template, after which the answer begins; if not, the
+             prompt is text to be continued. Default: where the model has one.
 
     A case is the same whatever other tasks are asked for. Its labels: task, length, sample.
     """
@@ -96,7 +97,7 @@ class Ruler:
     length: int = 4096
     samples: int = 20
     seed: int = 0
-    chat: bool = False
+    chat: bool | None = None
 
     name: ClassVar[str] = "ruler"
 
@@ -128,6 +129,7 @@ class Ruler:
 
     def _case(self, tokenizer: Tokenizer, task: str, sample: int) -> Case:
         kind = _KINDS[task]
+        chat = tokenizer.template is not None if self.chat is None else self.chat
         labels = {"task": task, "length": self.length, "sample": sample}
 
         def write(attempt: int, size: int) -> Case | None:
@@ -135,11 +137,11 @@ class Ruler:
             question = kind.write(rng, self.length, size)
             if question is None:
                 return None
-            if self.chat:
+            if chat:
                 prompt = chat_prompt(tokenizer, question.message, question.beginning)
             else:
                 prompt = f"{question.message} {question.beginning}"
-            ids, gold = with_gold(tokenizer, prompt, question.gold, add_special_tokens=not self.chat)
+            ids, gold = with_gold(tokenizer, prompt, question.gold, add_special_tokens=not chat)
             return Case(ids, gold, question.answers, kind.new_tokens, labels)
 
         def fits(attempt: int, size: int) -> bool:
