@@ -5,7 +5,7 @@ import pytest
 
 from tests import small
 from vecinfer_jax.caches import PerLayer, VecInfer
-from vecinfer_jax.caches.vecinfer import CodeFormat
+from vecinfer_jax.caches.formats import CodeFormat
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.models.decoder import layer_shape
 from vecinfer_jax.rope import Rope

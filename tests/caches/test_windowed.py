@@ -10,7 +10,7 @@ import pytest
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from tests.caches.harness import LAYER, chunk_at, decode_all, oracle, prefill, random_qkv
 from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer, allocated_bytes
-from vecinfer_jax.caches.vecinfer import PAPER_FORMATS
+from vecinfer_jax.caches.formats import PAPER_FORMATS
 
 WINDOWS = [(0, 0), (0, 2), (5, 0), (5, 3), (64, 0), (3, 8)]
 

@@ -1,7 +1,11 @@
 """k-means finds clusters, is deterministic, and honours weights."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from vecinfer_jax.calibration import kmeans as module
 from vecinfer_jax.calibration.kmeans import kmeans
 
 
@@ -54,3 +58,39 @@ def test_fewer_points_than_centroids_is_exact():
     found, error = kmeans(points, clusters=16, seed=0)
     assert np.all(np.isfinite(found))
     assert float(error[0]) < 1e-6
+
+
+def test_centroids_drawn_in_batches_are_as_good_as_one_by_one(monkeypatch):
+    points = jnp.asarray(np.random.default_rng(2).standard_t(4, size=(4000, 3)), jnp.float32)
+    weights = jnp.ones(4000)
+
+    def error(seed):
+        def fit(x, w):
+            return module._lloyd(x, w, module._plus_plus(x, w, jax.random.key(seed), 300, 2), 6)[1]
+
+        return float(jax.jit(fit)(points, weights))
+
+    monkeypatch.setattr(module, "ONE_BY_ONE", 512)
+    one_by_one = np.mean([error(seed) for seed in range(2)])
+    monkeypatch.setattr(module, "ONE_BY_ONE", 64)
+    batches = np.mean([error(seed) for seed in range(2)])
+    assert batches < 1.02 * one_by_one
+
+
+@pytest.mark.parametrize("clusters", [1, 3, 20, 257, 300])
+def test_any_number_of_centroids(clusters):
+    points = np.random.default_rng(3).normal(size=(1, 700, 2)).astype(np.float32)
+    found, error = kmeans(points, clusters=clusters, seed=0, iterations=2)
+    distance = ((points[0][:, None] - np.asarray(found)[0][None]) ** 2).sum(-1).min(-1).mean()
+    assert found.shape == (1, clusters, 2) and np.all(np.isfinite(found))
+    np.testing.assert_allclose(float(error[0]), distance, rtol=1e-4)
+
+
+def test_an_accelerator_finds_the_same_centroids(monkeypatch):
+    """Batched over groups and by matrix products, not walks."""
+    points = jnp.asarray(np.random.default_rng(4).normal(size=(3, 900, 4)), jnp.float32)
+    here = kmeans(points, clusters=16, seed=0)[0]
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(module, "DISTANCES", 0)
+    there = kmeans.__wrapped__(points, clusters=16, seed=0)[0]
+    np.testing.assert_allclose(here, there, atol=1e-4)

@@ -11,7 +11,7 @@ positions (t - residual + 1 ... t) in full precision, every other position from 
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -164,9 +164,19 @@ class CacheMethod(abc.ABC):
         del layer, calibration
         return v_kernel, v_bias, o_kernel
 
-    def calibrate_layer(self, layer: LayerShape, statistics: Any, seed: int) -> dict[str, np.ndarray]:
+    def shared_calibration(self, layers: Sequence[LayerShape], statistics: Sequence[Any], seed: int) -> Any:
+        """What the layers this method serves are calibrated with in common, from the statistics of all of them.
+
+        Called once for every distinct method that `for_layer` returns; `calibrate_layer` gets the result as `shared`.
+        """
+        del layers, statistics, seed
+        return None
+
+    def calibrate_layer(
+        self, layer: LayerShape, statistics: Any, seed: int, shared: Any = None
+    ) -> dict[str, np.ndarray]:
         """Arrays that `init` wants for one layer, from the activation statistics of that layer."""
-        del layer, statistics, seed
+        del layer, statistics, seed, shared
         return {}
 
     def calibration_key(self) -> dict[str, Any]:

@@ -6,7 +6,7 @@ of short sub-vectors serves every position. A code is the index of the L2-neares
 """
 
 import dataclasses
-import re
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax.numpy as jnp
@@ -14,59 +14,17 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
+from pallas_kernels import hadamard, vq_decode_attention, vq_encode
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.formats import PAPER_FORMATS, CodeFormat, check_bits
 from vecinfer_jax.caches.rows import read_slots, write_chunk
 from vecinfer_jax.caches.windowed import WindowedMethod
-from vecinfer_jax.calibration.codebooks import codebook_of
+from vecinfer_jax.calibration.codebooks import codebook_of, pooled_codebook
 from vecinfer_jax.errors import InputError
 
-
-@dataclasses.dataclass(frozen=True)
-class CodeFormat:
-    """dXbY: sub-vectors of X elements, Y-bit codes."""
-
-    length: int
-    code_bits: int
-
-    @classmethod
-    def parse(cls, text: str) -> "CodeFormat":
-        match = re.fullmatch(r"d(1|2|4|8|16)b(\d+)", text)
-        if match is None or not 1 <= int(match[2]) <= 16:
-            raise InputError(f"code format {text!r} is not dXbY with X in 1, 2, 4, 8, 16 and Y from 1 to 16, like d4b8")
-        return cls(int(match[1]), int(match[2]))
-
-    def __str__(self) -> str:
-        return f"d{self.length}b{self.code_bits}"
-
-    @property
-    def bits(self) -> float:
-        """Bits per element."""
-        return self.code_bits / self.length
-
-    @property
-    def entries(self) -> int:
-        """Centroids of the codebook."""
-        return 2**self.code_bits
-
-    def bytes_per_token(self, head_dim: int) -> int:
-        """Bytes of one token's codes in one KV head."""
-        return packing.num_bytes(head_dim // self.length, self.code_bits)
-
-
-# Section 4.1: average bits -> formats of keys and values.
-PAPER_FORMATS: dict[float, tuple[str, str]] = {
-    4: ("d2b8", "d2b8"),
-    3: ("d4b12", "d4b12"),
-    2: ("d4b8", "d4b8"),
-    1.5: ("d8b12", "d8b12"),
-    1.25: ("d8b12", "d8b8"),
-    1: ("d8b8", "d8b8"),
-}
-
 TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", "none")
-SCOPES = ("layer_head", "layer")
+SCOPES = ("layer_head", "layer", "global")
 
 
 @struct.dataclass
@@ -92,7 +50,7 @@ class VecInfer(WindowedMethod):
     bits:       4, 3, 2, 1.5, 1.25 or 1: the paper's formats for that average.
     key, value: formats such as "d4b10", "d8b12" in place of the paper's.
     transform:  of the keys; "smooth-hadamard" is the paper.
-    scope:      one codebook per "layer_head" or per "layer".
+    scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
     implementation: of the kernels ("triton", "xla"; None: the best for the device); interpret: run Pallas kernels
         in interpret mode (tests).
@@ -111,10 +69,7 @@ class VecInfer(WindowedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.bits not in PAPER_FORMATS:
-            raise InputError(
-                f"bits={self.bits} is not a VecInfer width; choose 4, 3, 2, 1.5, 1.25 or 1, or give key= and value="
-            )
+        check_bits("VecInfer", self.bits)
         if self.transform not in TRANSFORMS:
             raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
         if self.scope not in SCOPES:
@@ -140,9 +95,8 @@ class VecInfer(WindowedMethod):
         return "smooth" in self.transform
 
     def validate(self, layer: LayerShape) -> None:
-        for which, form in (("key", self.key_format), ("value", self.value_format)):
-            if layer.head_dim % form.length or layer.head_dim // form.length * form.code_bits % 8:
-                raise InputError(f"{which} format {form} does not divide head_dim {layer.head_dim} into whole bytes")
+        self.key_format.check("key", layer.head_dim)
+        self.value_format.check("value", layer.head_dim)
         if self.rotates and layer.head_dim & (layer.head_dim - 1):
             raise InputError(
                 f"transform={self.transform!r} needs head_dim a power of two, this model has {layer.head_dim}"
@@ -247,9 +201,40 @@ class VecInfer(WindowedMethod):
 
     # -- calibration (section 4.1)
 
-    def calibrate_layer(self, layer: LayerShape, statistics: Any, seed: int) -> dict[str, np.ndarray]:
-        keys = np.asarray(statistics.keys, np.float32)  # [N, Hkv, D]
-        values = np.asarray(statistics.values, np.float32)
+    def shared_calibration(self, layers: Sequence[LayerShape], statistics: Sequence[Any], seed: int) -> Any:
+        if self.scope != "global":
+            return None
+
+        def codebook(vectors: list[np.ndarray], form: CodeFormat, seed: int) -> np.ndarray:
+            return pooled_codebook(vectors, length=form.length, entries=form.entries, seed=seed)
+
+        keys = [self._coded_keys(layer, s)[1] for layer, s in zip(layers, statistics, strict=True)]
+        values = [np.asarray(s.values, np.float32) for s in statistics]
+        return {
+            "key_codebook": codebook(keys, self.key_format, seed),
+            "value_codebook": codebook(values, self.value_format, seed + 1),
+        }
+
+    def calibrate_layer(
+        self, layer: LayerShape, statistics: Any, seed: int, shared: Any = None
+    ) -> dict[str, np.ndarray]:
+        smooth, keys = self._coded_keys(layer, statistics)
+        if self.scope == "global":
+            return {"smooth": smooth, **shared}
+
+        def codebook(vectors: np.ndarray, form: CodeFormat, seed: int) -> np.ndarray:
+            per_head = self.scope == "layer_head"
+            return codebook_of(vectors, length=form.length, entries=form.entries, per_head=per_head, seed=seed)
+
+        return {
+            "smooth": smooth,
+            "key_codebook": codebook(keys, self.key_format, seed),
+            "value_codebook": codebook(np.asarray(statistics.values, np.float32), self.value_format, seed + 1),
+        }
+
+    def _coded_keys(self, layer: LayerShape, statistics: Any) -> tuple[np.ndarray, np.ndarray]:
+        """lambda [Hkv, D], and the sampled keys [N, Hkv, D] as they are encoded."""
+        keys = np.asarray(statistics.keys, np.float32)
 
         def rotate(x: np.ndarray) -> np.ndarray:
             return np.asarray(hadamard(jnp.asarray(x), implementation="xla"))
@@ -259,19 +244,8 @@ class VecInfer(WindowedMethod):
             peak = statistics.rotated_key_abs_max if self.transform == "hadamard-smooth" else statistics.key_abs_max
             smooth = smoothing_factors(np.asarray(peak, np.float32))
         if self.transform == "hadamard-smooth":
-            keys = rotate(keys) / smooth
-        else:
-            keys = rotate(keys / smooth) if self.rotates else keys / smooth
-
-        def codebook(vectors: np.ndarray, form: CodeFormat, seed: int) -> np.ndarray:
-            per_head = self.scope == "layer_head"
-            return codebook_of(vectors, length=form.length, entries=form.entries, per_head=per_head, seed=seed)
-
-        return {
-            "smooth": smooth,
-            "key_codebook": codebook(keys, self.key_format, seed),
-            "value_codebook": codebook(values, self.value_format, seed + 1),
-        }
+            return smooth, rotate(keys) / smooth
+        return smooth, rotate(keys / smooth) if self.rotates else keys / smooth
 
 
 def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarray, "Hkv D"]:

@@ -72,12 +72,24 @@ def calibrate(
     count, statistics = collect_statistics(
         lm, passages_of(lm, hashed(), passage_length), passages=passages, batch=batch, seed=seed, progress=progress
     )
+    shapes = [layer_shape(lm.config, index, lm.dtype) for index in range(lm.config.num_layers)]
+    methods = [method.for_layer(index, lm.config.num_layers) for index in range(lm.config.num_layers)]
+    shared = {}
+    for one in dict.fromkeys(methods):
+        served = [index for index, other in enumerate(methods) if other == one]
+        shared[one] = one.shared_calibration(
+            [shapes[i] for i in served],
+            [statistics[i] for i in served],
+            seed=(seed * 1_000_003 + 500_000 + served[0]) % 2**31,
+        )
     layers = []
     shown = tqdm(enumerate(statistics), "codebooks", total=len(statistics), disable=not progress, unit="layer")
     for index, layer_statistics in shown:
-        layer = layer_shape(lm.config, index, lm.dtype)
-        fitted = method.for_layer(index, lm.config.num_layers).calibrate_layer(
-            layer, layer_statistics, seed=(seed * 1_000_003 + 2 * index) % 2**31
+        fitted = methods[index].calibrate_layer(
+            shapes[index],
+            layer_statistics,
+            seed=(seed * 1_000_003 + 2 * index) % 2**31,
+            shared=shared[methods[index]],
         )
         for field, array in fitted.items():
             if not np.all(np.isfinite(array)):
