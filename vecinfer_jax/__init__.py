@@ -6,7 +6,7 @@ out = vj.generate(lm, ["Once upon a time"], method=vj.VecInfer(bits=2), max_new_
 """
 
 from vecinfer_jax import evaluation as evaluate
-from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer
+from vecinfer_jax.caches import KIVI, FullPrecision, HadamardInt, PerLayer, PlainVQ, VecInfer
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.collect import calibrate
 from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
@@ -17,11 +17,14 @@ from vecinfer_jax.models import LanguageModel, load
 __version__ = "0.1.0"
 
 __all__ = [
+    "KIVI",
     "Calibration",
     "FullPrecision",
     "Generation",
+    "HadamardInt",
     "LanguageModel",
     "PerLayer",
+    "PlainVQ",
     "Sampling",
     "VecInfer",
     "VecInferError",

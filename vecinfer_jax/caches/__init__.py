@@ -2,20 +2,28 @@
 
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape, MeshAxes, allocated_bytes
 from vecinfer_jax.caches.full_precision import FullPrecision
+from vecinfer_jax.caches.hadamard_int import HadamardInt
+from vecinfer_jax.caches.kivi import KIVI
 from vecinfer_jax.caches.per_layer import PerLayer
+from vecinfer_jax.caches.plain_vq import PlainVQ
 from vecinfer_jax.caches.vecinfer import VecInfer
 
 # Names on the command line.
-METHODS: dict[str, type[CacheMethod]] = {method.name: method for method in (FullPrecision, VecInfer)}
+METHODS: dict[str, type[CacheMethod]] = {
+    method.name: method for method in (FullPrecision, VecInfer, KIVI, PlainVQ, HadamardInt)
+}
 
 __all__ = [
+    "KIVI",
     "METHODS",
     "CacheMethod",
     "Chunk",
     "FullPrecision",
+    "HadamardInt",
     "LayerShape",
     "MeshAxes",
     "PerLayer",
+    "PlainVQ",
     "VecInfer",
     "allocated_bytes",
 ]
