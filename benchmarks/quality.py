@@ -80,7 +80,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         "needle": {"methods": shown, "tasks": ["needle"], "prefills": ["coded", "exact"], "seeds": [0]},
         "ruler": {
             "methods": [*windowed(JUDGED, (128,)), "full"],
-            "tasks": ["ruler:length=4096,samples=10"],
+            "tasks": ["ruler:samples=10"],
             "prefills": ["coded", "exact"],
             "seeds": [0],
         },

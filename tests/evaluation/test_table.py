@@ -8,6 +8,8 @@ import vecinfer_jax as vj
 from tests import small
 from tests.evaluation.stand_in import StandIn
 from vecinfer_jax import cli
+from vecinfer_jax.calibration.collect import collect as original_collect
+from vecinfer_jax.calibration.collect import fit
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.evaluation import report, table
 
@@ -24,14 +26,14 @@ def finished(tmp_path_factory):
     text.write_text(TEXT)
     tasks = [table.TextTask(text, 60, 2), table.CodeErrorTask(text, 60, 2), StandIn()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(table, "calibrate", calibrate)
+        patch.setattr(table, "collect", collect)
         assert run(directory, tasks) == 3 + 2 * 3
     return directory, tasks
 
 
-def calibrate(lm, method, seed=0, progress=True, **_):
+def collect(lm, seed=0, **_):
     """In place of the default text, which would be fetched."""
-    return vj.calibrate(lm, method, small.texts(), passages=4, passage_length=64, batch=2, seed=seed, progress=False)
+    return original_collect(lm, small.texts(), passages=4, passage_length=64, batch=2, seed=seed, progress=False)
 
 
 def run(directory, tasks, methods=METHODS, seeds=(0, 1), **options):
@@ -47,7 +49,13 @@ def test_rows_say_what_was_measured(finished):
     full, coded = by_method["full", "perplexity", None], by_method["vecinfer", "perplexity", 0]
     assert full["kl"] == 0 and coded["kl"] > 1e-4
     alone = vj.evaluate.perplexity(
-        small.model(), CODED, calibrate(small.model(), CODED), TEXT, length=60, windows=2, progress=False
+        small.model(),
+        CODED,
+        fit(small.model(), CODED, collect(small.model()), progress=False),
+        TEXT,
+        length=60,
+        windows=2,
+        progress=False,
     )
     assert coded["perplexity"] == pytest.approx(alone.perplexity, rel=1e-6)
     assert by_method["vecinfer", "perplexity", 1]["perplexity"] != coded["perplexity"]
@@ -59,7 +67,7 @@ def test_rows_say_what_was_measured(finished):
 
 def test_what_is_there_is_not_run_again_and_what_is_damaged_or_lost_is(finished, monkeypatch):
     directory, tasks = finished
-    monkeypatch.setattr(table, "calibrate", None)  # the calibrations are kept, too
+    monkeypatch.setattr(table, "collect", None)  # the calibrations are kept, too
     assert run(directory, tasks) == 0
     lost = next((directory / "out" / "rows").glob("perplexity-vecinfer-*.json"))
     before = json.loads(lost.read_text())

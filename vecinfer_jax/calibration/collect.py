@@ -1,7 +1,6 @@
 """`calibrate`: text in, calibration out."""
 
 import dataclasses
-import functools
 import hashlib
 import itertools
 from collections.abc import Iterable, Iterator
@@ -18,9 +17,21 @@ from vecinfer_jax.calibration.artefact import Calibration, versions
 from vecinfer_jax.calibration.statistics import LayerStatistics, Statistics
 from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
-from vecinfer_jax.models.decoder import Decoder, layer_shape
+from vecinfer_jax.models.decoder import layer_shape
+from vecinfer_jax.models.layerwise import Layerwise
 
 DEFAULT_TEXT = "hotpotqa-paragraphs"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Activations:
+    """What a model's keys, queries and values are like on a text: any method can be fitted to it.
+
+    statistics: one a layer; metadata: of the model, the text and the run, goes into every calibration made from it.
+    """
+
+    statistics: list[LayerStatistics]
+    metadata: dict[str, Any]
 
 
 def calibrate(
@@ -34,7 +45,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
 ) -> Calibration:
-    """Fits a method's codebooks and scales to a model's activations on text.
+    """Fits a method's codebooks and scales to a model's activations on text: `fit` to what `collect` finds.
 
     Args:
         lm: the model.
@@ -49,6 +60,23 @@ def calibrate(
     Raises:
         CalibrationError: the text is empty or too short, or an activation is not finite.
     """
+    activations = collect(
+        lm, texts, passages=passages, passage_length=passage_length, batch=batch, seed=seed, progress=progress
+    )
+    return fit(lm, method, activations, progress=progress)
+
+
+def collect(
+    lm: LanguageModel,
+    texts: Iterable[str] | None = None,
+    *,
+    passages: int = 64,
+    passage_length: int = 512,
+    batch: int = 4,
+    seed: int = 0,
+    progress: bool = True,
+) -> Activations:
+    """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does."""
     if passages < 1 or batch < 1:
         raise InputError(f"passages={passages} and batch={batch} must be 1 or more")
     if not 2 <= passage_length <= lm.config.max_position:
@@ -72,8 +100,31 @@ def calibrate(
     count, statistics = collect_statistics(
         lm, passages_of(lm, hashed(), passage_length), passages=passages, batch=batch, seed=seed, progress=progress
     )
-    shapes = [layer_shape(lm.config, index, lm.dtype) for index in range(lm.config.num_layers)]
-    methods = [method.for_layer(index, lm.config.num_layers) for index in range(lm.config.num_layers)]
+    metadata = {
+        "model": {"name": lm.name, "fingerprint": lm.fingerprint},
+        "text": {"name": text_name, "sha256": digest.hexdigest()},
+        "passages": count,
+        "passage_length": passage_length,
+        "seed": seed,
+        "dtype": str(jnp.dtype(lm.dtype)),
+        "device": jax.devices()[0].device_kind,
+        "versions": versions(),
+    }
+    return Activations(statistics, metadata)
+
+
+def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, progress: bool = True) -> Calibration:
+    """A method's calibration from a model's activations.
+
+    Raises `CalibrationError` where the activations are another model's, too few, or not finite.
+    """
+    if activations.metadata["model"]["fingerprint"] != lm.fingerprint:
+        raise CalibrationError(
+            f"these activations are of model {activations.metadata['model']['name']!r}: collect again"
+        )
+    seed, statistics, n = activations.metadata["seed"], activations.statistics, lm.config.num_layers
+    shapes = [layer_shape(lm.config, index, lm.dtype) for index in range(n)]
+    methods = [method.for_layer(index, n) for index in range(n)]
     shared = {}
     for one in dict.fromkeys(methods):
         served = [index for index, other in enumerate(methods) if other == one]
@@ -83,7 +134,7 @@ def calibrate(
             seed=(seed * 1_000_003 + 500_000 + served[0]) % 2**31,
         )
     layers = []
-    shown = tqdm(enumerate(statistics), "codebooks", total=len(statistics), disable=not progress, unit="layer")
+    shown = tqdm(enumerate(statistics), "codebooks", total=n, disable=not progress, unit="layer")
     for index, layer_statistics in shown:
         fitted = methods[index].calibrate_layer(
             shapes[index],
@@ -95,18 +146,7 @@ def calibrate(
             if not np.all(np.isfinite(array)):
                 raise CalibrationError(f"layer {index}: {field} came out not finite; is the model's output finite?")
         layers.append(fitted)
-    metadata = {
-        "model": {"name": lm.name, "fingerprint": lm.fingerprint},
-        "method": method.calibration_key(),
-        "text": {"name": text_name, "sha256": digest.hexdigest()},
-        "passages": count,
-        "passage_length": passage_length,
-        "seed": seed,
-        "dtype": str(jnp.dtype(lm.dtype)),
-        "device": jax.devices()[0].device_kind,
-        "versions": versions(),
-    }
-    return Calibration(tuple(layers), metadata)
+    return Calibration(tuple(layers), {**activations.metadata, "method": method.calibration_key()})
 
 
 def collect_statistics(
@@ -119,9 +159,8 @@ def collect_statistics(
     progress: bool,
 ) -> tuple[int, list[LayerStatistics]]:
     """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer)."""
-    method = Statistics(seed=seed)
-    num_layers = lm.config.num_layers
-    caches = tuple(method.init(layer_shape(lm.config, i, lm.dtype), batch, 0) for i in range(num_layers))
+    model = Layerwise(lm, Statistics(seed=seed))
+    caches = model.init(batch, 0)
     source = itertools.islice(iter(passages_in), passages)
     done = 0
     with tqdm(total=passages, desc="activations", disable=not progress, unit="passage") as bar:
@@ -131,18 +170,12 @@ def collect_statistics(
             lengths = np.zeros((batch,), np.int32)
             for i, row in enumerate(rows):
                 tokens[i, : len(row)], lengths[i] = row, len(row)
-            caches = _run(Decoder(lm.config, method, lm.dtype), lm.params, tokens, lengths, caches)
+            _, caches = model.prefill(caches, tokens, lengths, donate=True)
             done += len(rows)
             bar.update(len(rows))
     if not done:
         raise CalibrationError("the calibration text is empty: give --text a file with some text in it")
     return done, [jax.tree.map(np.asarray, _trim(layer)) for layer in caches]
-
-
-@functools.partial(jax.jit, static_argnames="decoder", donate_argnames="caches")
-def _run(decoder: Decoder, params: Any, tokens: jax.Array, lengths: jax.Array, caches: Any) -> Any:
-    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
-    return decoder.apply({"params": params}, tokens, positions, caches, lengths=lengths, logits="none")[1]
 
 
 def _trim(layer: LayerStatistics) -> LayerStatistics:

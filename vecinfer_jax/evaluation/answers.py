@@ -74,15 +74,18 @@ def answer(
     *,
     prefill: str = "coded",
     batch: int = 8,
+    cases: Sequence[Case] | None = None,
     progress: bool = True,
 ) -> TaskResult:
     """Scores and answers every case of a task, `batch` cases at a time.
+
+    `cases`: what `task.cases(lm)` gave, where several methods answer the same.
 
     Raises:
         InputError: settings of the task that make no sense. CapacityError: a case does not fit the model's context.
     """
     check_prefill(prefill)
-    cases = task.cases(lm)
+    cases = task.cases(lm) if cases is None else cases
     method = method or FullPrecision()
     longest = max(case.tokens for case in cases)
     if longest > lm.config.max_position:

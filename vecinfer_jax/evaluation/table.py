@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, versions
-from vecinfer_jax.calibration.collect import calibrate
+from vecinfer_jax.calibration.collect import collect, fit
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.evaluation.answers import answer
@@ -165,7 +165,9 @@ class Table:
                 reference=self._once(("reference", task), reference),
                 progress=False,
             )
-        return answer(lm, task, row.method, calibration, prefill=row.prefill, batch=self.batch, progress=False)
+        cases = self._once(("cases", task), lambda: task.cases(lm))
+        options: dict[str, Any] = {"prefill": row.prefill, "batch": self.batch, "cases": cases}
+        return answer(lm, task, row.method, calibration, progress=False, **options)
 
     def _calibration(self, row: Row) -> Calibration:
         if not row.method.needs_calibration:
@@ -182,7 +184,11 @@ class Table:
                     return kept
                 except CalibrationError:
                     pass  # damaged: made again
-            made = calibrate(self.lm, row.method, seed=row.seed or 0, progress=False, **self._calibrate)
+            seed = row.seed or 0
+            activations = self._once(
+                ("activations", seed), lambda: collect(self.lm, seed=seed, progress=False, **self._calibrate)
+            )
+            made = fit(self.lm, row.method, activations, progress=False)
             made.save(directory, force=True)
             return made
 

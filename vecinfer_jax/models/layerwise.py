@@ -63,20 +63,21 @@ class Layerwise:
         *,
         start: Int[Array, "B"] | np.ndarray | None = None,
         read: ReadMode = "exact",
+        donate: bool = False,
     ) -> tuple[Float[Array, "B T hidden"], list[LayerCache]]:
         """A chunk of prompt -> the last layer's output and the caches; `start`: tokens that are cached already.
 
-        Caches that went in stay valid.
+        Caches that went in stay valid unless `donate`.
         """
         first = start is None
-        return self._run(tokens, lengths, caches, start, first=first, read=read, decode=False, keep=True)
+        return self._run(tokens, lengths, caches, start, first=first, read=read, decode=False, keep=True, donate=donate)
 
     def decode(
         self, caches: Sequence[LayerCache], token: Int[Array, "B"], position: Int[Array, "B"]
     ) -> tuple[Float[Array, "B hidden"], list[LayerCache]]:
         """One token a sequence -> the last layer's output and the caches; the ones that went in are used up."""
         hidden, new = self._run(
-            token[:, None], None, caches, position, first=False, read="exact", decode=True, keep=True
+            token[:, None], None, caches, position, first=False, read="exact", decode=True, keep=True, donate=True
         )
         return hidden[:, 0], new
 
@@ -85,7 +86,17 @@ class Layerwise:
         return unembed(self.lm.config, jnp.dtype(self.lm.dtype), head_of(self.lm.params), hidden)
 
     def _run(
-        self, tokens: Any, lengths: Any, caches: Any, start: Any, *, first: bool, read: str, decode: bool, keep: bool
+        self,
+        tokens: Any,
+        lengths: Any,
+        caches: Any,
+        start: Any,
+        *,
+        first: bool,
+        read: str,
+        decode: bool,
+        keep: bool,
+        donate: bool = False,
     ) -> tuple[jax.Array, list[LayerCache]]:
         lm = self.lm
         tokens = jnp.asarray(tokens, jnp.int32)
@@ -96,7 +107,7 @@ class Layerwise:
         previous, out = None, []
         for index, method in enumerate(self._methods):
             cache = self._init(index, batch, width) if caches is None else caches[index]
-            run = _layer_donating if decode else _layer
+            run = _layer_donating if donate else _layer
             static = (lm.config, method, jnp.dtype(lm.dtype), first, read, decode, keep)
             x, previous, cache = run(
                 *static, self._params[f"layers_{index}"], x, previous, cache, positions, lengths, cos, sin

@@ -1,0 +1,105 @@
+"""Bytes: what caches allocate beside what the device says, and the peak of a prompt run whole and in chunks.
+
+    python benchmarks/memory.py [--output FILE]
+
+Two layers of Llama-3.1-8B's shapes, random weights and codebooks, bfloat16. Each row runs in a process of its own, so
+that `peak_bytes_in_use` is that row's. `peak_bytes` is what `generate` reports (the compiler's account).
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROWS: list[dict[str, Any]] = [
+    *(
+        {"kind": "cache", "method": m, "batch": 16, "tokens": 8192}
+        for m in ("full", "vecinfer:bits=2", "vecinfer:bits=4")
+    ),
+    *({"kind": "cache", "method": m, "batch": 16, "tokens": 8192} for m in ("kivi:bits=2", "hadamard-int:bits=2")),
+    *(
+        {"kind": "prompt", "method": m, "batch": 1, "tokens": tokens, "chunk": chunk}
+        for m in ("full", "vecinfer:bits=2")
+        for tokens, chunk in ((32768, 32768), (32768, 8192), (131072, 32768), (131072, 8192))
+    ),
+]
+
+
+def measure(row: dict[str, Any]) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vecinfer_jax import specs
+    from vecinfer_jax.caches import METHODS, allocated_bytes
+    from vecinfer_jax.generation.engine import Engine
+    from vecinfer_jax.models import ModelConfig
+    from vecinfer_jax.models.decoder import Decoder, init_params, layer_shape
+    from vecinfer_jax.rope import Rope
+
+    config = ModelConfig(
+        model_type="llama", vocab_size=1024, hidden_size=4096, intermediate_size=14336, num_layers=2,
+        num_query_heads=32, num_kv_heads=8, head_dim=128, rope=Rope(500000.0, 128), rms_norm_eps=1e-5,
+        max_position=2**20, tie_embeddings=True,
+    )  # fmt: skip
+    method = specs.parse(row["method"], METHODS, "method")
+    decoder = Decoder(config, method, jnp.bfloat16)
+    rng = np.random.default_rng(0)
+
+    def random_calibration() -> dict[str, np.ndarray]:
+        shape = layer_shape(config, 0, jnp.bfloat16)
+        key, value = method.key_format, method.value_format
+        return {
+            "smooth": np.ones((shape.num_kv_heads, shape.head_dim), np.float32),
+            "key_codebook": rng.normal(size=(shape.num_kv_heads, key.entries, key.length)).astype(np.float32),
+            "value_codebook": rng.normal(size=(shape.num_kv_heads, value.entries, value.length)).astype(np.float32),
+        }
+
+    calibration = [random_calibration() if method.needs_calibration else {} for _ in range(2)]
+    device, engine = jax.devices()[0], Engine(decoder)
+
+    def in_use(what: str = "bytes_in_use") -> int:
+        return (device.memory_stats() or {}).get(what, 0)
+
+    before = in_use()
+    caches = jax.block_until_ready(engine.init_caches(calibration, row["batch"], row["tokens"]))
+    allocated = allocated_bytes(caches)
+    out = row | {"allocated_bytes": allocated, "device_bytes": in_use() - before}
+    if row["kind"] == "prompt":
+        params = jax.block_until_ready(init_params(config, jax.random.key(0), jnp.bfloat16))
+        tokens = rng.integers(0, config.vocab_size, (row["batch"], row["tokens"])).astype(np.int32)
+        engine.peak_bytes = 0
+        lengths = np.full((row["batch"],), row["tokens"], np.int32)
+        logits, _ = engine.prefill(params, caches, tokens, lengths, row["chunk"])
+        assert np.isfinite(np.asarray(logits)).all()
+        weights = sum(x.nbytes for x in jax.tree.leaves(params))
+        out |= {"peak_bytes": engine.peak_bytes, "device_peak_bytes": in_use("peak_bytes_in_use"), "weights": weights}
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--row", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row:
+        print(json.dumps(measure(json.loads(args.row))))
+        return
+    import results
+
+    rows = []
+    for row in ROWS:
+        command = [sys.executable, __file__, "--row", json.dumps(row)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            rows.append(row | {"error": done.stderr.strip().splitlines()[-1][:300]})
+        else:
+            rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+        results.write("memory", {"rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
