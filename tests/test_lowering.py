@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
+from pallas_kernels import vq_encode
 from tests import small
 from vecinfer_jax.caches import FullPrecision, VecInfer
 from vecinfer_jax.models.decoder import Decoder, param_shapes
@@ -66,3 +67,32 @@ def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype):
             decoder, args = shapes(method, head_dim, heads, dtype, tokens=tokens)
             text = step(decoder, decode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
             assert "triton" in text
+
+
+@pytest.mark.parametrize("form", [(2, 8), (4, 8), (8, 8), (2, 4), (4, 10), (4, 12), (8, 12)], ids=str)
+@pytest.mark.parametrize("dim", [32, 128, 256])
+def test_encoding_lowers_for_cuda_in_every_format(form, dim):
+    length, bits = form
+    heads, tokens = 3, 77  # odd and ragged
+
+    def shape(*sizes, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    angles = shape(2, tokens, dim // 2)
+    kinds = [
+        {},
+        {"rope": (angles, angles)},
+        {"rope": (angles, angles), "scale": shape(heads, dim), "hadamard": True},
+        {"rope": (angles, angles), "mean": shape(heads, dim), "matrix": shape(heads, dim, dim)},
+    ]
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        for options in kinds:
+            hadamard = options.pop("hadamard", False)
+
+            def encode(x, codebook, options, hadamard=hadamard):
+                return vq_encode(x, codebook, **options, hadamard=hadamard, implementation="triton")
+
+            x = shape(2, tokens, heads, dim, dtype=jnp.bfloat16)
+            args = (x, shape(heads, 2**bits, length), options)
+            text = jax.jit(encode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+            assert text.count("__gpu$xla.gpu.triton") == (2 if options else 1)

@@ -48,7 +48,7 @@ def vq_encode(
     """
     _check(x, codebook, rope, mean, scale, matrix, hadamard)
     if implementation is None and not interpret and x.shape[1] == 1:
-        # A decoded token: the kernel's walk over the centroids has nothing to overlap with, one fusion is faster.
+        # A decoded token: a kernel's program would wait for itself at every step, one fusion is faster.
         batch, _, heads, dim = x.shape
         if reference.is_direct(batch, heads, dim, codebook.shape):
             implementation = "xla"

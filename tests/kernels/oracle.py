@@ -2,6 +2,8 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 EMPTY = -1e30
@@ -60,6 +62,25 @@ def distances(y: np.ndarray, codebook) -> np.ndarray:
     parts = y.reshape(batch, tokens, heads, dim // length, length).transpose(0, 2, 1, 3, 4)
     codebook = np.broadcast_to(codebook, (heads, *codebook.shape[1:]))
     return ((parts[..., None, :] - codebook[None, :, None, None]) ** 2).sum(-1)
+
+
+def largest_excess(vectors, codebook, codes) -> float:
+    """How far the worst of many choices is above the least squared distance, relative to it: [n, d], [K, d], [n].
+
+    Float64 like all here, but in JAX: there are more distances than numpy could hold or would finish.
+    """
+    with jax.enable_x64(True):
+        table = jnp.asarray(float64(codebook))
+
+        def one(pair):
+            distance = jnp.sum((pair[0][:, None] - table) ** 2, axis=-1)
+            chosen = jnp.take_along_axis(distance, pair[1][:, None], axis=1)[:, 0]
+            least = distance.min(axis=-1)
+            return jnp.max((chosen - least) / jnp.maximum(least, 1e-30))
+
+        size = math.gcd(len(vectors), 2048)
+        parts = float64(vectors).reshape(-1, size, table.shape[1]), np.asarray(codes).reshape(-1, size)
+        return float(jnp.max(jax.jit(lambda *pair: jax.lax.map(one, pair))(*parts)))
 
 
 def decode_attention(q, key_codes, value_codes, key_codebook, value_codebook, lengths, scale):

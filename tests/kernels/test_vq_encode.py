@@ -7,6 +7,8 @@ multiply-add may round one element in 10^4 to the other neighbour: there, one co
 bound, by at most a tenth.
 """
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -90,6 +92,71 @@ def test_a_mean_far_larger_than_the_spread_does_not_blur_the_choice(how):
     codebook = jnp.asarray(30 + 0.05 * rng.normal(size=(2, 256, 4)), jnp.float32)
     codes = np.asarray(vq_encode(x, codebook, **how))
     assert (excess(codes, x, codebook, {}) <= 0).all()
+
+
+def worst_of_random(form: tuple[int, int], tokens: int, **how) -> float:
+    """The largest relative excess among 32 random sub-vectors a token and random centroids, of unequal spread."""
+    length, bits = form
+    rng = np.random.default_rng(2)
+    spread = rng.uniform(0.3, 3.0, size=length)
+    vectors = (rng.normal(size=(tokens * 32, length)) * spread).astype(np.float32)
+    codebook = jnp.asarray(rng.normal(size=(1, 2**bits, length)) * spread, jnp.float32)
+    x = jnp.asarray(vectors.reshape(1, tokens, 1, 32 * length))
+    codes = jax.jit(lambda *arrays: vq_encode(*arrays, **how))(x, codebook)
+    return oracle.largest_excess(vectors, codebook[0], oracle.unpack(np.asarray(codes), bits, 32).reshape(-1))
+
+
+def test_a_million_random_vectors_get_their_nearest_centroid():
+    assert worst_of_random((4, 8), 2**15, implementation="xla") <= 1e-5
+
+
+@both
+@pytest.mark.parametrize("form", [(2, 8), (4, 8), (8, 8)], ids=str)
+def test_random_vectors_get_their_nearest_centroid(form, how):
+    assert worst_of_random(form, 64, **how) <= 1e-5
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [(2, 8), (4, 8), (8, 8), (2, 4), (4, 10), (4, 12), (8, 12)], ids=str)
+def test_a_million_random_vectors_get_their_nearest_centroid_on_a_device(form):
+    assert worst_of_random(form, 2**15, implementation="triton") <= 1e-5
+
+
+@pytest.mark.parametrize("layer", [0, 20])
+def test_real_activations_get_their_nearest_centroid(smollm2, layer):
+    """Keys and values of a real model, static means and outliers included, and centroids from among themselves."""
+    from vecinfer_jax.calibration.collect import collect
+
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    found = collect(smollm2, [text], passages=1, passage_length=256, batch=1, progress=False).statistics[layer]
+    tokens = np.flatnonzero(np.asarray(found.positions) >= 0)
+    for activations in (found.keys, found.values):
+        x = np.asarray(activations)[tokens][None]
+        heads = x.shape[2]
+        own = x[0, ::2].reshape(-1, heads, x.shape[3] // 4, 4).swapaxes(0, 1).reshape(heads, -1, 4)
+        codebook = jnp.asarray(own[:, np.random.default_rng(0).choice(own.shape[1], 256, replace=False)])
+        few = jnp.asarray(x[:, 1:64:2])
+        for how in cases.EVERYWHERE:
+            for options in ({}, {"hadamard": True}):
+                codes = np.asarray(vq_encode(few, codebook, **options, **how))
+                assert (excess(codes, few, codebook, options) <= 0).all()
+
+
+@both
+def test_vectors_far_from_every_centroid_get_the_nearest(how):
+    rng = np.random.default_rng(3)
+    x = rng.normal(size=(1, 8, 2, 64)) * 10.0 ** rng.integers(0, 6, size=(1, 8, 2, 1))
+    x = jnp.asarray(x, jnp.float32)
+    codebook = jnp.asarray(rng.normal(size=(2, 256, 4)), jnp.float32)
+    codes = np.asarray(vq_encode(x, codebook, **how))
+    assert (excess(codes, x, codebook, {}) <= 0).all()
+
+
+@both
+def test_a_codebook_of_equal_centroids_gives_the_first(how):
+    x = jnp.asarray(np.random.default_rng(4).normal(size=(1, 3, 1, 32)), jnp.float32)
+    assert (vq_encode(x, jnp.full((1, 256, 4), 0.5), **how) == 0).all()
+    assert (vq_encode(x, jnp.zeros((1, 256, 4)), **how) == 0).all()
 
 
 @both
