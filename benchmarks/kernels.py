@@ -25,6 +25,9 @@ from jax import lax
 from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
 
 HEADS, DIM = 8, 128  # KV heads and head dimension of the encode rows (Llama-3.1-8B)
+QUERY_HEADS, FEED_FORWARD = 32, 14336
+ENCODE = ("d4b8", "d2b8", "d8b8", "d4b10", "d4b12", "d8b12")
+PROMPT = 32768
 # batch, tokens, query heads, KV heads, head dimension, formats of keys and values
 DECODE = [
     (16, 32768, 32, 8, 128, [("d4b8", "d4b8"), ("d2b8", "d2b8"), ("d8b8", "d8b8"), ("d4b10", "d8b12")]),
@@ -105,7 +108,7 @@ def time_hadamard() -> Iterator[dict]:
 
 
 def exact_codes(x, codebook, rope=None, mean=None, scale=None, matrix=None, hadamard=False) -> jax.Array:
-    """`vq_encode` by its definition, for 8-bit codes and few tokens: uint8[B, H, S, M]."""
+    """`vq_encode` by its definition, for few tokens: the indices [B, H, S, M]."""
     y = x.astype(jnp.float32)
     if rope is not None:
         cos, sin = (part[:, :, None] for part in rope)
@@ -121,52 +124,133 @@ def exact_codes(x, codebook, rope=None, mean=None, scale=None, matrix=None, hada
     return jnp.argmin(jnp.sum((parts - codebook[:, None, None]) ** 2, -1), -1)
 
 
-def time_encode(tokens: int = 8192) -> Iterator[dict]:
-    k = jax.random.split(jax.random.key(0), 6)
-    x = jax.random.normal(k[0], (1, tokens, HEADS, DIM), jnp.bfloat16)
-    angle = jax.random.uniform(k[1], (1, tokens, DIM // 2), maxval=2 * math.pi)
-    rope = jnp.cos(angle), jnp.sin(angle)
-    smooth = jax.random.uniform(k[2], (HEADS, DIM), minval=0.5, maxval=2.0)
-    dense = jax.random.normal(k[4], (HEADS, DIM, DIM)) / DIM**0.5
-    kinds = {
-        "values": (False, {}),
-        "keys with rope, smooth, Hadamard": (True, {"rope": rope, "scale": smooth}),
-        "keys with rope, mean, dense map": (False, {"rope": rope, "mean": smooth, "matrix": dense}),
-    }
+def excess_over_nearest(vectors: jax.Array, codebook: jax.Array, codes: jax.Array) -> float:
+    """The largest relative excess of a chosen squared distance over the least one, in float64: [n, d], [K, d], [n]."""
+    with jax.enable_x64(True):
+        wide, table = jnp.float64(vectors), jnp.float64(codebook)
 
-    def step(codebook, x, options, flag, which):
+        def one(pair):
+            distance = jnp.sum((pair[0][:, None] - table) ** 2, axis=-1)
+            least = distance.min(-1)
+            chosen = jnp.take_along_axis(distance, pair[1][:, None], axis=1)[:, 0]
+            return jnp.max((chosen - least) / jnp.maximum(least, 1e-30))
+
+        parts = wide.reshape(-1, 2048, wide.shape[-1]), jnp.int32(codes).reshape(-1, 2048)
+        return float(jnp.max(jax.jit(lambda *pair: lax.map(one, pair))(*parts)))
+
+
+def time_encode() -> Iterator[dict]:
+    for tokens in (8192, PROMPT):
+        k = jax.random.split(jax.random.key(0), 6)
+        x = jax.random.normal(k[0], (1, tokens, HEADS, DIM), jnp.bfloat16)
+        angle = jax.random.uniform(k[1], (1, tokens, DIM // 2), maxval=2 * math.pi)
+        rope = jnp.cos(angle), jnp.sin(angle)
+        smooth = jax.random.uniform(k[2], (HEADS, DIM), minval=0.5, maxval=2.0)
+        dense = jax.random.normal(k[4], (HEADS, DIM, DIM)) / DIM**0.5
+        values: dict = {}
+        rotated = {"rope": rope, "scale": smooth, "hadamard": True}
+        mapped = {"rope": rope, "mean": smooth, "matrix": dense}
+        yield from (
+            encode_one_by_one(x, k[5], values, rotated, mapped)
+            if tokens == 8192
+            else encode_prompt(x, k[5], values, rotated, mapped)
+        )
+
+
+def encode_step(codebook, x, kinds, settings, which="triton"):
+    """The codebook, moved by nothing to speak of, after each kind of row was encoded with it."""
+    for options, flag in zip(kinds, settings, strict=True):
+        # Depends on the step before, so that no part of the work is the same in every step and done once.
+        moved = {name: options[name] + 1e-6 * codebook[0, 0, 0] for name in ("mean", "scale") if name in options}
+        options = options | moved
         codes = vq_encode(x, codebook, **options, hadamard=flag, implementation=which)
-        return codebook + 1e-6 * codes[0, 0, 0, 0]
+        codebook = codebook + 1e-6 * codes[0, 0, 0, 0]
+    return codebook
 
-    for form in ("d4b8", "d2b8", "d8b8", "d8b12"):
-        codebook = random_codebook(k[5], HEADS, form, jnp.float32)
+
+def time_encode_step(codebook, x, *kinds: dict, which="triton", **repeats) -> float:
+    settings = tuple(kind.get("hadamard", False) for kind in kinds)
+    arrays = tuple({name: array for name, array in kind.items() if name != "hadamard"} for kind in kinds)
+    step = functools.partial(encode_step, settings=settings, which=which)
+    return microseconds(step, codebook, x, arrays, **repeats)
+
+
+def encode_one_by_one(x, key, values: dict, rotated: dict, mapped: dict) -> Iterator[dict]:
+    kinds = {
+        "values": values,
+        "keys with rope, smooth, Hadamard": rotated,
+        "keys with rope, mean, dense map": mapped,
+    }
+    tokens = x.shape[1]
+    for form in ENCODE:
+        codebook = random_codebook(key, HEADS, form, jnp.float32)
         length, bits = format_of(form)
-        for kind, (flag, options) in kinds.items():
+        vectors = jax.random.normal(jax.random.key(1), (1, 2**20 * length // 1024, HEADS, DIM))
+        codes = packing.unpack(vq_encode(vectors, codebook, implementation="triton"), bits, DIM // length)
+        name = f"vq_encode {form} exactness: {2**20} random float32 vectors"
+        per_head = (
+            excess_over_nearest(vectors[0, :, h].reshape(-1, length), codebook[h], codes[0, h].reshape(-1))
+            for h in range(HEADS)
+        )
+        yield {"name": name, "largest_excess": check(name, max(per_head), 1e-5)}
+        for kind, options in kinds.items():
+            if kind.endswith("dense map") and form != "d4b8":
+                continue
             name = f"vq_encode {form} {kind}: {tokens} tokens x {HEADS} x {DIM} bfloat16"
-            got = vq_encode(x, codebook, **options, hadamard=flag, implementation="triton")
+            got = vq_encode(x, codebook, **options, implementation="triton")
             few = {key: tuple(a[:, :16] for a in v) if key == "rope" else v for key, v in options.items()}
-            expected = exact_codes(x[:, :16], codebook, **few, hadamard=flag)
-            codes = packing.unpack(got[:, :, :16], bits, DIM // length)
+            expected = exact_codes(x[:, :16], codebook, **few)
             # Codes are discrete: a rounding difference may flip a few.
-            error = check(name, jnp.mean(codes != expected), 2e-3)
-
-            arrays = (codebook, x, options)
-            ours = microseconds(lambda *a, f=flag: step(*a, f, "triton"), *arrays)
+            error = check(name, jnp.mean(packing.unpack(got[:, :, :16], bits, DIM // length) != expected), 2e-3)
+            ours = time_encode_step(codebook, x, options)
             more: dict = {"us_per_token": round(ours / tokens, 5), "codes_that_differ": error}
-            if form == "d4b8":
-                xla = microseconds(lambda *a, f=flag: step(*a, f, "xla"), *arrays, steps=2, repeats=3)
-                more |= {"peer": "xla", "peer_us": xla}
+            if form == "d4b8" and kind == "values":
+                more["peer"] = "xla"
+                more["peer_us"] = time_encode_step(codebook, x, options, which="xla", steps=2, repeats=3)
             yield row(name, ours, x.nbytes + got.nbytes, **more)
-    codebook = random_codebook(k[5], HEADS, "d4b8", jnp.float32)
+    codebook = random_codebook(key, HEADS, "d4b8", jnp.float32)
     for batch in (1, 16):  # an append: one token a row
         few = x[:, :batch].reshape(batch, 1, HEADS, DIM)
-        options = {"rope": tuple(a[:, :batch].reshape(batch, 1, -1) for a in rope), "scale": smooth}
-        ours, xla = (
-            microseconds(lambda *a, i=i: step(*a, True, i), codebook, few, options, steps=100)
-            for i in ("triton", "xla")
-        )
+        options = rotated | {"rope": tuple(a[:, :batch].reshape(batch, 1, -1) for a in rotated["rope"])}
+        ours, xla = (time_encode_step(codebook, few, options, which=i, steps=100) for i in ("triton", "xla"))
         name = f"vq_encode d4b8 keys with rope, smooth, Hadamard: one token x {batch} rows"
         yield row(name, ours, few.nbytes, peer="xla", peer_us=xla)
+
+
+def time_layer(tokens: int) -> float:
+    """QKV and MLP of a Llama-3.1-8B layer in bfloat16; the residual keeps its input from fading to zeros."""
+    model = QUERY_HEADS * DIM
+    projected = (QUERY_HEADS + 2 * HEADS) * DIM
+    k = jax.random.split(jax.random.key(2), 5)
+
+    def weight(key, rows, columns, size=1.0):
+        return (jax.random.normal(key, (rows, columns)) * size / rows**0.5).astype(jnp.bfloat16)
+
+    weights = (
+        weight(k[0], model, projected),
+        weight(k[1], model, FEED_FORWARD),
+        weight(k[2], model, FEED_FORWARD),
+        weight(k[3], FEED_FORWARD, model, 0.01),
+    )
+
+    def step(state, qkv, gate, up, down):
+        x, _ = state
+        return x + (jax.nn.silu(x @ gate) * (x @ up)) @ down, x @ qkv
+
+    x = jax.random.normal(k[4], (tokens, model), jnp.bfloat16)
+    return microseconds(step, (x, jnp.zeros((tokens, projected), jnp.bfloat16)), *weights, steps=5, repeats=5)
+
+
+def encode_prompt(x, key, values: dict, rotated: dict, mapped: dict) -> Iterator[dict]:
+    tokens = x.shape[1]
+    layer = time_layer(tokens)
+    kinds = [(form, "rope, smooth, Hadamard", rotated) for form in ENCODE]
+    for form, kind, options in [*kinds, ("d4b8", "rope, mean, dense map", mapped)]:
+        codebook = random_codebook(key, HEADS, form, jnp.float32)
+        ours = time_encode_step(codebook, x, options, values, steps=5, repeats=5)
+        name = f"vq_encode {form} K ({kind}) + V: {tokens} tokens x {HEADS} x {DIM} bfloat16"
+        peer = {"peer": "QKV + MLP of a Llama-3.1-8B layer, bfloat16", "peer_us": layer}
+        yield row(name, ours, 2 * x.nbytes, **peer, percent=round(100 * ours / layer, 2))
 
 
 def exact_attention(q, codes, codebooks, scale: float) -> tuple[jax.Array, jax.Array]:
@@ -239,7 +323,7 @@ def main() -> None:
         "rows": [],
     }
     arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for part in (time_decode, time_encode, time_hadamard):
+    for part in (time_hadamard, time_decode, time_encode):
         for line in part():
             print(json.dumps(line), flush=True)
             result["rows"].append(line)

@@ -42,10 +42,35 @@ def decode_kernel() -> str:
     return table(["shape", "format", "ours, µs", "cuDNN bf16, µs", "speed-up"], rows)
 
 
+def encode_kernel() -> str:
+    """One row a format: 8,192 tokens by kind, then keys and values of a long prompt beside the layer's products."""
+    formats: dict[str, dict[str, str]] = {}
+    for row in read(H100, "kernels")["rows"]:
+        if match := re.fullmatch(r"vq_encode (d\d+b\d+) (.+): (\d+) (?:tokens x|random) .*", row["name"]):
+            form, kind, count = match.groups()
+            cells = formats.setdefault(form, {})
+            if "largest_excess" in row:
+                cells["excess"] = f"{row['largest_excess']:.0e}"
+            elif kind.startswith("K ("):
+                cells[f"{kind} {count}"] = f"{row['us'] / 1e3:.2f} ms, {row['percent']:.1f}%"
+            else:
+                cells[kind] = f"{row['us']:.0f}"
+    columns = {
+        "V, µs": "values",
+        "K Hadamard, µs": "keys with rope, smooth, Hadamard",
+        "K dense map, µs": "keys with rope, mean, dense map",
+        "K + V of 32,768 tokens (of QKV + MLP)": "K (rope, smooth, Hadamard) + V 32768",
+        "with the dense map": "K (rope, mean, dense map) + V 32768",
+        "largest excess of 10^6": "excess",
+    }
+    rows = [[form, *(cells.get(key, "") for key in columns.values())] for form, cells in formats.items()]
+    return table(["format", *columns], rows)
+
+
 def other_kernels() -> str:
     rows = []
     for row in read(H100, "kernels")["rows"]:
-        if row["name"].startswith("vq_decode_attention"):
+        if not row["name"].startswith("hadamard") and "one token" not in row["name"]:
             continue
         peer = f"{row['peer']}: {row['peer_us']:.0f}" if "peer" in row else ""
         rows.append([row["name"], f"{row['us']:.0f}", peer])
@@ -89,6 +114,7 @@ def steps() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode-kernel": decode_kernel,
+    "encode-kernel": encode_kernel,
     "other-kernels": other_kernels,
     "quality": quality,
     "steps": steps,
