@@ -8,7 +8,7 @@ import pytest
 
 from tests import small
 from vecinfer_jax import cli
-from vecinfer_jax.caches import VecInfer
+from vecinfer_jax.caches import METHODS, VecInfer
 
 # `smollm2` is asked for so that the model is there, or the test skips and says why.
 pytestmark = pytest.mark.usefixtures("smollm2")
@@ -195,7 +195,7 @@ def test_the_installed_command_exits_with_the_status():
     command = [sys.executable, "-m", "vecinfer_jax", "generate", "--method", "magic", "x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert done.stderr == "vecinfer: unknown method 'magic': choose from full, vecinfer\n"
+    assert done.stderr == f"vecinfer: unknown method 'magic': choose from {', '.join(METHODS)}\n"
     assert done.stdout == ""
 
 

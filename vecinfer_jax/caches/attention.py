@@ -139,9 +139,7 @@ class Source(NamedTuple):
         return min(self.slots, max(most // self.multiple, 1) * self.multiple)
 
 
-def source_of(
-    tokens: Tokens, sees: Callable[[jax.Array, jax.Array, jax.Array], jax.Array], used: jax.Array | None = None
-) -> Source:
+def source_of(tokens: Tokens, sees: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]) -> Source:
     """A source of tokens held as arrays."""
     slots = tokens.keys.shape[2]
 
@@ -154,7 +152,7 @@ def source_of(
             jax.lax.dynamic_slice_in_dim(tokens.positions, start, size, axis=1),
         )
 
-    return Source(read, slots, jnp.int32(slots) if used is None else used, sees)
+    return Source(read, slots, jnp.int32(slots), sees)
 
 
 def blockwise_attention(

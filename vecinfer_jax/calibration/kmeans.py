@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-from pallas_kernels.vq_encode import reference
-
 # Elements of the [groups, points, centroids] distance block that exist at one time on an accelerator.
 DISTANCES = 2**28
 # Groups an accelerator fits at the same time; a CPU gains nothing from it.
@@ -18,6 +16,8 @@ DRAW_ROUNDS = 32
 # Points per centroid that k-means++ draws from, where there are more.
 DRAW_POINTS = 8
 DRAW_POINTS_AT_LEAST = 32768
+# Centroids a CPU compares with in one go.
+UNROLL = 16
 
 
 @functools.partial(jax.jit, static_argnames=("clusters", "iterations", "trials"))
@@ -152,9 +152,8 @@ def _lloyd(
 
 def _nearest(x: Float[Array, "N d"], centroids: Float[Array, "K d"]) -> Int[Array, "N"]:
     """The nearest centroid of every point, never holding all distances."""
-    if jax.default_backend() == "cpu":  # a walk over the centroids stays in the processor's cache: 25 times faster
-        far = jnp.pad(centroids, ((0, -centroids.shape[0] % 16), (0, 0)), constant_values=1e18)
-        return reference.nearest(x[None, :, None], far[None]).reshape(-1)
+    if jax.default_backend() == "cpu":
+        return _nearest_by_walk(x, centroids)
     half_norm = 0.5 * jnp.sum(centroids**2, axis=-1)
 
     def block(rows: Array) -> Array:
@@ -166,3 +165,23 @@ def _nearest(x: Float[Array, "N d"], centroids: Float[Array, "K d"]) -> Int[Arra
         return block(x)
     padded = jnp.pad(x, ((0, -n % size), (0, 0)))
     return jax.lax.map(block, padded.reshape(-1, size, x.shape[1])).reshape(-1)[:n]
+
+
+def _nearest_by_walk(x: Float[Array, "N d"], centroids: Float[Array, "K d"]) -> Int[Array, "N"]:
+    """The same for a CPU: its vector units and caches like a walk over the centroids 25 times better."""
+    far = jnp.pad(centroids, ((0, -centroids.shape[0] % UNROLL), (0, 0)), constant_values=1e18)
+    elements = x.T
+
+    def visit(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        best, index = carry
+        block = jax.lax.dynamic_slice_in_dim(far, i * UNROLL, UNROLL)
+        for k in range(UNROLL):
+            distance = jnp.square(elements[0] - block[k, 0])
+            for r in range(1, x.shape[1]):
+                distance += jnp.square(elements[r] - block[k, r])
+            closer = distance < best  # strict: a tie stays with the lower index
+            best, index = jnp.where(closer, distance, best), jnp.where(closer, i * UNROLL + k, index)
+        return best, index
+
+    start = jnp.full(x.shape[0], jnp.inf), jnp.zeros(x.shape[0], jnp.int32)
+    return jax.lax.fori_loop(0, far.shape[0] // UNROLL, visit, start)[1]
