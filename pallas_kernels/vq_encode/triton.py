@@ -25,14 +25,14 @@ group is walked if the tolerance is 2e or more. Let q = |y|^2 + (least score). A
 |c| <= |y| + |y - c|, so all its terms together are at most 8q. The digits leave out less than 2^-21 of them, plus
 2^-25 where digits are subnormal; float32 sums of 16 or 32 exact products, cut off at 2^-23, lose less than 2^-19 of
 the largest, at worst. In those units the tolerance is 2^-17 q + 2^-21, 8 times the largest 2e found on an H100 among
-8,192 or more random vectors of each format, and the choices of 10^6 are checked there. Rows too far out for float16 (45 times the codebook's radius) walk all groups.
+8,192 or more random vectors of each format, and the choices of 10^6 are checked there. Rows too far out for float16
+(45 times the codebook's radius) walk all groups.
 
 What it costs: per sub-vector and centroid half an instruction for the minimum, 2d / 32 for the walk, and the
 tensor cores' 4d products. A walk over all centroids would be 2d + 3 instructions, and took, on an H100 for 8,192
 tokens of 8 heads of 128 in bfloat16: values d4b8 293 us, now 138; d8b8 269, 117; d2b8 358, 249; d8b12 3272, 1164.
-Tried and slower: float minima (8%), one or 8 warps, 32 or 128 centroids a product, gathers of a row per thread. With
-half the registers and twice the programs in flight nothing changed; barriers and layout changes between the steps,
-13 a block, are what is left.
+Tried and slower for d4b8: float minima (8%), one or 8 warps, 32 or 128 centroids a product. Half the registers and
+twice the programs in flight gained 5%. A block has 13 barriers, most of them where layouts change between the steps.
 """
 
 import dataclasses
