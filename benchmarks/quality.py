@@ -2,9 +2,11 @@
 
     python benchmarks/quality.py --group paper --model smollm2-135m-instruct --data DIR --output WORK [--workers 4]
 
-`DIR` holds wikitext2_detok_test.txt, gsm8k_test.jsonl and essays.txt. Groups share one working directory: a row is
-measured once, an interrupted run goes on, and each run writes the rows of its groups to
-benchmarks/results/<device>/quality-<model>-<group>.json (or below --results). Everything is float32.
+`DIR` holds wikitext2_detok_test.txt, gsm8k_test.jsonl and essays.txt. A row is measured once: an interrupted run goes
+on, and rows that benchmarks/results/<device>/quality-<model>.json holds are taken from there. All rows are written
+back to it (or below --results). Everything is float32.
+
+    python benchmarks/quality.py --collect WORK [WORK ...]      only writes the rows of finished runs there
 """
 
 import argparse
@@ -20,8 +22,8 @@ import results
 import vecinfer_jax as vj
 from vecinfer_jax import specs
 from vecinfer_jax.caches import METHODS
-from vecinfer_jax.evaluation.report import read_rows
-from vecinfer_jax.evaluation.table import TASKS, Table, rows_of
+from vecinfer_jax.evaluation.report import grouped, read_rows
+from vecinfer_jax.evaluation.table import IDENTITY, TASKS, Row, Table, rows_of
 
 SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
 WINDOWS = {SMOLLM2: 12, QWEN: 6}
@@ -60,7 +62,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 for bits, t in itertools.product((2, 1.5), ("smooth-hadamard", *TRANSFORMS))
             ],
             "tasks": [text],
-            "seeds": [0, 1, 2],
+            "seeds": [0],
         },
         "scopes": {
             "methods": [
@@ -68,7 +70,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 for bits, s in itertools.product((2, 1.5), ("layer_head", "layer", "global"))
             ],
             "tasks": [text],
-            "seeds": [0, 1, 2],
+            "seeds": [0],
         },
         "formats": {
             "methods": [f"vecinfer:key={k},value={v},residual=0" for k in FORMATS for v in FORMATS],
@@ -95,17 +97,23 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--group", nargs="+", required=True)
+    parser.add_argument("--collect", type=Path, nargs="+", metavar="WORK")
+    parser.add_argument("--group", nargs="+", default=[])
     parser.add_argument("--model", default=SMOLLM2)
-    parser.add_argument("--data", type=Path, required=True)
-    parser.add_argument("--output", type=Path, required=True, help="working directory of the table")
-    parser.add_argument("--results", type=Path, help="where the JSON files go")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--output", type=Path, help="working directory of the table")
+    parser.add_argument("--results", type=Path, default=results.ROOT, help="where the JSON files go")
     parser.add_argument("--passages", type=int, default=64)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the rows")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
 
+    if args.collect:
+        save([row for work in args.collect for row in read_rows(work)], args.results)
+        return 0
+    if not args.group or args.data is None or args.output is None:
+        parser.error("give --group, --data and --output, or --collect")
     known = groups(args.model, args.data)
     unknown = [name for name in args.group if name not in known]
     if unknown:
@@ -118,38 +126,45 @@ def main() -> int:
             return 1
     lm = vj.load(args.model, "float32", progress=False)
     table = Table(lm, args.output, passages=args.passages, batch=args.batch, progress=args.worker in (None, 0))
-    rows = {}
+    held = args.results / results.device_name() / f"quality-{args.model}.json"
+    if held.exists():
+        table.restore(read_rows(held))
+    every: list[Row] = []
     for name in args.group:
         wanted = known[name]
-        rows[name] = rows_of(
+        every += rows_of(
             [specs.parse(text, METHODS, "method") for text in wanted["methods"]],
             [specs.parse(text, TASKS, "task") for text in wanted["tasks"]],
             prefills=wanted.get("prefills", ["coded"]),
             seeds=wanted["seeds"],
         )
-    every = list(dict.fromkeys(itertools.chain(*rows.values())))
+    every = list(dict.fromkeys(every))
     if args.worker is not None:  # rows that share a calibration stay together
         shared: dict[Any, int] = {}
         for row in every:
-            shared.setdefault((json.dumps(row.method.calibration_key(), sort_keys=True), row.seed), len(shared))
-        every = [
-            row
-            for row in every
-            if shared[json.dumps(row.method.calibration_key(), sort_keys=True), row.seed] % args.workers == args.worker
-        ]
+            shared.setdefault(calibration_of(row), len(shared))
+        every = [row for row in every if shared[calibration_of(row)] % args.workers == args.worker]
     table.run(every)
     if args.worker is None:
-        for name, wanted in rows.items():
-            paths = {table.path(row) for row in wanted}
-            content = {"model": args.model, "group": name, "rows": [r for p in sorted(paths) for r in read_rows(p)]}
-            print(
-                results.write(
-                    f"quality-{args.model}-{name}",
-                    content,
-                    args.results and args.results / f"quality-{args.model}-{name}.json",
-                )
-            )
+        save(read_rows(args.output), args.results)
     return 0
+
+
+def calibration_of(row: Row) -> str:
+    """What rows with the same calibration have in common."""
+    return json.dumps([row.method.calibration_key(), row.seed], sort_keys=True)
+
+
+def save(rows: list[dict[str, Any]], root: Path) -> None:
+    """Adds rows to the JSON file of their model and device, one row a line."""
+    for (model, device), group in grouped(rows, lambda r: r["model"], lambda r: r["device"]).items():
+        path = root / results.folder_of(device) / f"quality-{model}.json"
+        held = {json.dumps([row[key] for key in IDENTITY]): row for row in (read_rows(path) if path.exists() else [])}
+        held |= {json.dumps([row[key] for key in IDENTITY]): row for row in group}
+        lines = [json.dumps(held[key], ensure_ascii=False) for key in sorted(held)]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text('{"rows": [\n' + ",\n".join(lines) + "\n]}\n", encoding="utf-8")
+        print(path)
 
 
 if __name__ == "__main__":

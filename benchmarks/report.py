@@ -1,4 +1,5 @@
-"""Writes the tables of README.md from the JSON files under results/. Run with --check, it only says whether they are.
+"""Writes the tables of README.md and docs/quality.md from the JSON files under results/. Run with --check, it only says
+whether they are.
 
     python benchmarks/report.py [--check]
 
@@ -13,8 +14,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vecinfer_jax.evaluation.report import label_table, task_table
+
 ROOT = Path(__file__).resolve().parent
-README = ROOT.parent / "README.md"
+PAGES = [ROOT.parent / "README.md", ROOT.parent / "docs" / "quality.md"]
+SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
 H100 = "nvidia-h100-80gb-hbm3"
 
 
@@ -77,24 +81,97 @@ def other_kernels() -> str:
     return table(["kernel", "ours, µs", "peer, µs"], rows)
 
 
+def rows_of(model: str, task: str, **settings: Any) -> list[dict[str, Any]]:
+    """The rows of benchmarks/quality.py for a task whose task, method or reading of the prompt has these settings."""
+
+    def wanted(row: dict[str, Any]) -> bool:
+        has = row["task"] | row["method"] | {"prefill": row["prefill"], "seed": row["seed"]}
+        return row["task"]["name"] == task and all(has.get(key) == value for key, value in settings.items())
+
+    return [row for row in read(H100, f"quality-{model}")["rows"] if wanted(row)]
+
+
+def paper_and_baselines(model: str, task: str, **settings: Any) -> list[dict[str, Any]]:
+    """Without the ablations: the paper's transform and codebooks, and its seven configurations."""
+    rows = rows_of(model, task, **settings)
+    as_in_paper = {"transform": "smooth-hadamard", "scope": "layer_head"}
+    formats = {(None, None), ("d4b10", "d8b12")}
+    return [
+        row
+        for row in rows
+        if all(row["method"].get(key, usual) == usual for key, usual in as_in_paper.items())
+        and (row["method"].get("key"), row["method"].get("value")) in formats
+    ]
+
+
 def quality() -> str:
+    """The README's: some methods on one model, with and without a window."""
+    shown = {("vecinfer", 4), ("vecinfer", 2), ("vecinfer", 1), ("kivi", 2), ("hadamard-int", 2), ("plain-vq", 2)}
+    rows = [
+        row
+        for row in paper_and_baselines(SMOLLM2, "perplexity", length=1024)
+        if row["method"]["name"] == "full"
+        or ((row["method"]["name"], row["method"]["bits"]) in shown and row["method"].get("key") is None)
+    ]
+    return task_table([row for row in rows if row["method"].get("group", 32) == 32])
+
+
+def perplexities(model: str) -> Callable[[], str]:
+    """One line a method and window."""
+    return lambda: task_table(paper_and_baselines(model, "perplexity", length=1024))
+
+
+def codes() -> str:
+    """Relative errors of the paper's configurations and the baselines."""
+    return task_table(paper_and_baselines(SMOLLM2, "code-error"))
+
+
+def ablation(setting: str, **others: Any) -> Callable[[], str]:
+    """Perplexity by one setting of VecInfer without a window, for both models and two widths; one calibration seed."""
+
+    def make() -> str:
+        columns = [(model, bits) for model in (SMOLLM2, QWEN) for bits in (2, 1.5)]
+        fixed = {"name": "vecinfer", "residual": 0, "key": None, "seed": 0, "length": 1024} | others
+        cells: dict[str, dict[Any, float]] = {}
+        for model, bits in columns:
+            for row in rows_of(model, "perplexity", **{k: v for k, v in fixed.items() if k != "name"}, bits=bits):
+                if row["method"]["name"] == "vecinfer":
+                    value = row["method"][setting]
+                    cells.setdefault(value, {})[model, bits] = row["result"]["perplexity"]
+        measured = [c for c in columns if any(c in found for found in cells.values())]
+        lines = [
+            [f"`{value}`", *(f"{found[c]:.1f}" if c in found else "" for c in measured)]
+            for value, found in sorted(cells.items(), key=lambda item: next(iter(item[1].values())))
+        ]
+        return table([setting, *(f"{model.split('-')[0]}, {bits:g} bit" for model, bits in measured)], lines)
+
+    return make
+
+
+def answers(task: str, model: str = SMOLLM2) -> Callable[[], str]:
+    """A task's table, and by its parts where it has some."""
+
+    def make() -> str:
+        rows = paper_and_baselines(model, task)
+        text = task_table(rows)
+        parts = rows[0]["result"]["answers"][0]["labels"]
+        return text + "\n\n" + label_table(rows, "task") if "task" in parts else text
+
+    return make
+
+
+def memory() -> str:
     rows = []
-    for path in sorted((ROOT / "results" / "cpu").glob("quality-*.json")):
-        content = json.loads(path.read_text())
-        for row in content["rows"].values():
-            method = re.sub(r"(, )?(key|value|implementation)=None|, interpret=False", "", row["method"])
-            rows.append(
-                [
-                    content["model"],
-                    f"`{method}`",
-                    f"{row['bits_per_element']:g}",
-                    f"{row['perplexity']:.2f}",
-                    f"{row['kl']:.3f}",
-                    f"{100 * row['top1_agreement']:.1f}%",
-                    f"{row['windows']} x {row['length']}",
-                ]
-            )
-    return table(["model", "cache", "bits", "perplexity", "KL, nats", "top-1 agreement", "windows"], rows)
+    for row in read(H100, "memory")["rows"]:
+        if row["kind"] == "cache":
+            allocated, device = row["allocated_bytes"]["total"], row["device_bytes"]
+            what = f"cache, B{row['batch']}, {row['tokens']:,} tokens"
+        else:
+            allocated, device = row["peak_bytes"], row["device_peak_bytes"]
+            what = f"peak of a prompt of {row['tokens']:,}, {row['chunk']:,} at a time"
+        off = f"{100 * (allocated / device - 1):+.1f}%"
+        rows.append([row["method"], what, f"{allocated / 2**20:,.0f}", f"{device / 2**20:,.0f}", off])
+    return table(["cache", "what", "reported, MiB", "device says, MiB", "difference"], rows)
 
 
 def steps() -> str:
@@ -117,6 +194,16 @@ TABLES: dict[str, Callable[[], str]] = {
     "encode-kernel": encode_kernel,
     "other-kernels": other_kernels,
     "quality": quality,
+    "paper-smollm2": perplexities(SMOLLM2),
+    "paper-qwen": perplexities(QWEN),
+    "codes": codes,
+    "transforms": ablation("transform", scope="layer_head"),
+    "scopes": ablation("scope", transform="smooth-hadamard"),
+    "long": lambda: task_table(paper_and_baselines(SMOLLM2, "perplexity", length=8192)),
+    "needle": answers("needle"),
+    "ruler": answers("ruler"),
+    "gsm8k": answers("gsm8k", QWEN),
+    "memory": memory,
     "steps": steps,
 }
 
@@ -125,21 +212,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; fail where a table is out of date")
     check = parser.parse_args().check
-    old = README.read_text(encoding="utf-8")
-    new = old
-    for name, make in TABLES.items():
-        pattern = re.compile(rf"(<!-- table {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-        if not pattern.search(new):
-            print(f"README.md has no table {name}", file=sys.stderr)
-            return 1
-        content = make()
-        new = pattern.sub(lambda match, content=content: f"{match[1]}{content}\n{match[2]}", new)
-    if check and new != old:
-        print("README.md is out of date: run python benchmarks/report.py", file=sys.stderr)
+    stale = []
+    for page in PAGES:
+        old = page.read_text(encoding="utf-8")
+        new = re.sub(r"(<!-- table (\S+) -->\n).*?(<!-- end -->)", _filled, old, flags=re.DOTALL)
+        if new != old:
+            stale.append(page)
+            if not check:
+                page.write_text(new, encoding="utf-8")
+    if check and stale:
+        print(f"{stale[0].name} is out of date: run python benchmarks/report.py", file=sys.stderr)
         return 1
-    if not check:
-        README.write_text(new, encoding="utf-8")
     return 0
+
+
+def _filled(match: re.Match[str]) -> str:
+    if match[2] not in TABLES:
+        raise SystemExit(f"there is no table {match[2]}: choose from {', '.join(TABLES)}")
+    return f"{match[1]}{TABLES[match[2]]()}\n{match[3]}"
 
 
 if __name__ == "__main__":

@@ -14,8 +14,13 @@ ROOT = Path(__file__).resolve().parent / "results"
 
 
 def device_name() -> str:
-    """A folder name for the device, "cpu" or "nvidia-h100-80gb-hbm3"."""
-    return re.sub(r"[^a-z0-9]+", "-", jax.devices()[0].device_kind.lower()).strip("-")
+    """The folder of this machine's device, "cpu" or "nvidia-h100-80gb-hbm3"."""
+    return folder_of(jax.devices()[0].device_kind)
+
+
+def folder_of(device_kind: str) -> str:
+    """A folder name for a device."""
+    return re.sub(r"[^a-z0-9]+", "-", device_kind.lower()).strip("-")
 
 
 def environment() -> dict[str, Any]:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pallas_kernels import dispatch
 from vecinfer_jax.calibration import kmeans as module
 from vecinfer_jax.calibration.kmeans import kmeans
 
@@ -66,7 +67,8 @@ def test_centroids_drawn_in_batches_are_as_good_as_one_by_one(monkeypatch):
 
     def error(seed):
         def fit(x, w):
-            return module._lloyd(x, w, module._plus_plus(x, w, jax.random.key(seed), 300, 2), 6)[1]
+            start = module._plus_plus(x, w, jax.random.key(seed), 300, 2)
+            return module._lloyd(x[None], w[None], start[None], 6)[1][0]
 
         return float(jax.jit(fit)(points, weights))
 
@@ -75,6 +77,15 @@ def test_centroids_drawn_in_batches_are_as_good_as_one_by_one(monkeypatch):
     monkeypatch.setattr(module, "ONE_BY_ONE", 64)
     batches = np.mean([error(seed) for seed in range(2)])
     assert batches < 1.02 * one_by_one
+
+
+@pytest.mark.parametrize(("clusters", "length", "n"), [(1, 4, 50), (3, 4, 129), (300, 8, 500), (16, 3, 77), (20, 2, 9)])
+def test_the_encoder_finds_the_nearest_centroids(clusters, length, n):
+    rng = np.random.default_rng(6)
+    points = jnp.asarray(rng.normal(size=(2, n, length)), jnp.float32)
+    centroids = jnp.asarray(rng.normal(size=(2, clusters, length)), jnp.float32)
+    nearest = jnp.argmin(((points[:, :, None] - centroids[:, None]) ** 2).sum(-1), axis=-1)
+    np.testing.assert_array_equal(module._nearest_by_encoding(points, centroids), nearest)
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 20, 257, 300])
@@ -87,10 +98,10 @@ def test_any_number_of_centroids(clusters):
 
 
 def test_an_accelerator_finds_the_same_centroids(monkeypatch):
-    """Batched over groups and by matrix products, not walks."""
+    """All groups at a time, and points assigned by the encoder, not by walks."""
     points = jnp.asarray(np.random.default_rng(4).normal(size=(3, 900, 4)), jnp.float32)
     here = kmeans(points, clusters=16, seed=0)[0]
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(module, "DISTANCES", 0)
+    monkeypatch.setitem(dispatch.PREFERENCE, "gpu", ("xla",))
     there = kmeans.__wrapped__(points, clusters=16, seed=0)[0]
     np.testing.assert_allclose(here, there, atol=1e-4)

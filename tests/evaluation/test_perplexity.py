@@ -8,7 +8,7 @@ import pytest
 import vecinfer_jax as vj
 from tests import small
 from vecinfer_jax.errors import InputError
-from vecinfer_jax.evaluation.perplexity import agreement, rescoring_kl
+from vecinfer_jax.evaluation.perplexity import agreement, full_precision_hidden, rescoring_kl, text_windows
 from vecinfer_jax.models.decoder import Decoder
 
 TEXT = "".join(small.texts())
@@ -47,6 +47,20 @@ def test_strict_reading_costs_and_a_window_over_everything_does_not():
     assert kept.kl == pytest.approx(0, abs=1e-6)
     assert exact.kl == pytest.approx(0, abs=1e-6)
     assert coded.bits_per_element == 1
+
+
+def test_windows_may_be_run_together_and_the_reference_computed_once():
+    lm, method = small.model(), vj.VecInfer(bits=1, residual=0)
+    calibration = small.calibration_of(method)
+    options = {"text": TEXT, "length": 60, "windows": 3, "progress": False}
+    alone = vj.evaluate.perplexity(lm, method, calibration, **options)
+    windows = text_windows(lm, TEXT, 60, 3)
+    reference = full_precision_hidden(lm, windows, batch=3, progress=False)
+    together = vj.evaluate.perplexity(lm, method, calibration, batch=2, reference=reference, **options)
+    assert together.perplexity == pytest.approx(alone.perplexity, rel=1e-5)
+    assert together.kl == pytest.approx(alone.kl, rel=1e-4)
+    with pytest.raises(InputError, match="other windows"):
+        vj.evaluate.perplexity(lm, method, calibration, reference=reference[:2], **options)
 
 
 @pytest.mark.parametrize("method", [vj.VecInfer(bits=2, residual=0), vj.VecInfer(bits=2, residual=8, sink=2)])

@@ -77,6 +77,16 @@ def test_what_is_there_is_not_run_again_and_what_is_damaged_or_lost_is(finished,
     assert after["result"] == before["result"]
 
 
+def test_rows_of_a_results_file_are_not_run_again(finished, tmp_path, monkeypatch):
+    directory, tasks = finished
+    report.write_report(directory / "out", plots=False)
+    made = table.Table(small.model(), tmp_path / "out", batch=2, progress=False)
+    assert made.restore(report.read_rows(directory / "out" / "results.json")) == 9
+    monkeypatch.setattr(table, "collect", None)
+    assert run(tmp_path, tasks) == 0
+    assert report.read_rows(tmp_path / "out") == report.read_rows(directory / "out")
+
+
 def test_an_interrupted_run_goes_on(tmp_path, monkeypatch):
     text = tmp_path / "text.txt"
     text.write_text(TEXT)

@@ -6,9 +6,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int
 
-# Elements of the [groups, points, centroids] distance block that exist at one time on an accelerator.
-DISTANCES = 2**28
-# Groups an accelerator fits at the same time; a CPU gains nothing from it.
+from pallas_kernels import packing, vq_encode
+
+# Elements of the long vectors that an accelerator's points are laid side by side into.
+ENCODED_AT_ONCE = 128
+# Where centroids are put that pad a codebook to a power of two.
+FAR = 1e18
+# Groups an accelerator starts at the same time; a CPU gains nothing from it.
 GROUPS_AT_ONCE = 16
 # k-means++: this many centroids are drawn one by one, later ones in batches of a 32nd of those drawn already.
 ONE_BY_ONE = 256
@@ -48,14 +52,21 @@ def kmeans(
     weights = weights.astype(jnp.float32)
     keys = jax.random.split(jax.random.key(seed), points.shape[0])
 
-    def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+    def start(args: tuple[Array, Array, Array]) -> Array:
         x, w, key = args
         thinned = slice(None, None, max(x.shape[0] // max(DRAW_POINTS * clusters, DRAW_POINTS_AT_LEAST), 1))
-        start = _plus_plus(x[thinned], w[thinned], key, clusters, trials)
-        return _lloyd(x, w, start, iterations)
+        return _plus_plus(x[thinned], w[thinned], key, clusters, trials)
 
-    at_once = None if jax.default_backend() == "cpu" else min(GROUPS_AT_ONCE, points.shape[0])
-    return jax.lax.map(one, (points, weights, keys), batch_size=at_once)
+    if jax.default_backend() == "cpu":
+
+        def one(args: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+            x, w, _ = args
+            centroids, error = _lloyd(x[None], w[None], start(args)[None], iterations)
+            return centroids[0], error[0]
+
+        return jax.lax.map(one, (points, weights, keys))
+    starts = jax.lax.map(start, (points, weights, keys), batch_size=min(GROUPS_AT_ONCE, points.shape[0]))
+    return _lloyd(points, weights, starts, iterations)
 
 
 def _plus_plus(
@@ -128,48 +139,51 @@ def _draw(key: Array, mass: Float[Array, "N"], count: int) -> Int[Array, "count"
 
 
 def _lloyd(
-    x: Float[Array, "N d"], w: Float[Array, "N"], start: Float[Array, "K d"], iterations: int
-) -> tuple[Float[Array, "K d"], Float[Array, ""]]:
-    k = start.shape[0]
+    x: Float[Array, "G N d"], w: Float[Array, "G N"], start: Float[Array, "G K d"], iterations: int
+) -> tuple[Float[Array, "G K d"], Float[Array, "G"]]:
+    """Iterations for all groups until none changes; a group that is done stays as it is."""
+    k = start.shape[1]
 
     def body(carry: tuple) -> tuple:
         i, centroids, assigned, _ = carry
         now = _nearest(x, centroids)
-        mass = jax.ops.segment_sum(w, now, k)
-        total = jax.ops.segment_sum(w[:, None] * x, now, k)
+        mass = jax.vmap(lambda w, now: jax.ops.segment_sum(w, now, k))(w, now)
+        total = jax.vmap(lambda x, now: jax.ops.segment_sum(x, now, k))(w[..., None] * x, now)
         # A centroid that lost all its points stays where it is.
-        moved = jnp.where(mass[:, None] > 0, total / jnp.maximum(mass, 1e-30)[:, None], centroids)
+        moved = jnp.where(mass[..., None] > 0, total / jnp.maximum(mass, 1e-30)[..., None], centroids)
         return i + 1, moved, now, jnp.any(now != assigned)
 
     def unfinished(carry: tuple) -> Array:
         return (carry[0] < iterations) & carry[3]
 
-    initial = (jnp.int32(0), start, jnp.full((x.shape[0],), -1, jnp.int32), jnp.bool_(True))
+    initial = (jnp.int32(0), start, jnp.full(x.shape[:2], -1, jnp.int32), jnp.bool_(True))
     centroids = jax.lax.while_loop(unfinished, body, initial)[1]
-    error = jnp.sum((x - centroids[_nearest(x, centroids)]) ** 2, axis=-1)
-    return centroids, jnp.sum(w * error) / jnp.maximum(jnp.sum(w), 1e-30)
+    chosen = jnp.take_along_axis(centroids, _nearest(x, centroids)[..., None], axis=1)
+    error = jnp.sum((x - chosen) ** 2, axis=-1)
+    return centroids, jnp.sum(w * error, axis=1) / jnp.maximum(jnp.sum(w, axis=1), 1e-30)
 
 
-def _nearest(x: Float[Array, "N d"], centroids: Float[Array, "K d"]) -> Int[Array, "N"]:
+def _nearest(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[Array, "G N"]:
     """The nearest centroid of every point, never holding all distances."""
     if jax.default_backend() == "cpu":
-        return _nearest_by_walk(x, centroids)
-    half_norm = 0.5 * jnp.sum(centroids**2, axis=-1)
+        return jax.vmap(_nearest_by_walk)(x, centroids)
+    return _nearest_by_encoding(x, centroids)
 
-    def block(rows: Array) -> Array:
-        products = jnp.matmul(rows, centroids.T, precision=jax.lax.Precision.HIGHEST)
-        return jnp.argmin(half_norm - products, axis=-1).astype(jnp.int32)
 
-    n, size = x.shape[0], max(DISTANCES // (GROUPS_AT_ONCE * centroids.shape[0]), 128)
-    if n <= size:
-        return block(x)
-    padded = jnp.pad(x, ((0, -n % size), (0, 0)))
-    return jax.lax.map(block, padded.reshape(-1, size, x.shape[1])).reshape(-1)[:n]
+def _nearest_by_encoding(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[Array, "G N"]:
+    """The same by the cache's encoder: points side by side are sub-vectors of one long vector, groups its heads."""
+    (groups, n, length), entries = x.shape, centroids.shape[1]
+    bits = max((entries - 1).bit_length(), 1)
+    far = jnp.pad(centroids, ((0, 0), (0, 2**bits - entries), (0, 0)), constant_values=FAR)
+    count = ENCODED_AT_ONCE // length
+    padded = jnp.pad(x, ((0, 0), (0, -n % count), (0, 0))).reshape(groups, -1, count * length)
+    packed = vq_encode(padded.swapaxes(0, 1)[None], far)
+    return packing.unpack(packed[0], bits, count).reshape(groups, -1)[:, :n]
 
 
 def _nearest_by_walk(x: Float[Array, "N d"], centroids: Float[Array, "K d"]) -> Int[Array, "N"]:
     """The same for a CPU: its vector units and caches like a walk over the centroids 25 times better."""
-    far = jnp.pad(centroids, ((0, -centroids.shape[0] % UNROLL), (0, 0)), constant_values=1e18)
+    far = jnp.pad(centroids, ((0, -centroids.shape[0] % UNROLL), (0, 0)), constant_values=FAR)
     elements = x.T
 
     def visit(i: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:

@@ -64,11 +64,13 @@ def perplexity(
     length: int = 1024,
     windows: int | None = None,
     prefill: str = "coded",
+    batch: int = 1,
     reference: Sequence[Float[np.ndarray, "T hidden"]] | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
     """Scores the first `windows` non-overlapping windows of `length` tokens of a text (all whole ones by default).
 
+    `batch`: windows run at a time, of the same length each by itself (an accelerator is not filled by one).
     `reference`: what `full_precision_hidden` gave for the same model and windows, where several methods are compared.
 
     Raises:
@@ -85,13 +87,20 @@ def perplexity(
     compare = functools.partial(_compare, lm.config, jnp.dtype(lm.dtype), head_of(lm.params))
 
     totals = np.zeros(4, np.float64)
-    for index, tokens in enumerate(tqdm(texts, "windows", disable=not progress, unit="window")):
-        expected = full.hidden(tokens[None])[0] if reference is None else jnp.asarray(reference[index])
-        if isinstance(method, FullPrecision):
-            hidden = expected
-        else:
-            hidden = ours.hidden(tokens[None], read="coded" if prefill == "coded" else "exact")[0]
-        totals += np.asarray(compare(hidden, expected, jnp.asarray(tokens), 1))
+    with tqdm(total=len(texts), desc="windows", disable=not progress, unit="window") as bar:
+        for start in range(0, len(texts), batch):
+            tokens = texts[start : start + batch]
+            if reference is None:
+                expected = full.hidden(tokens)
+            else:
+                expected = jnp.asarray(np.stack(reference[start : start + batch]))
+            if isinstance(method, FullPrecision):
+                hidden = expected
+            else:
+                hidden = ours.hidden(tokens, read="coded" if prefill == "coded" else "exact")
+            for row in range(len(tokens)):
+                totals += np.asarray(compare(hidden[row], expected[row], jnp.asarray(tokens[row]), 1))
+                bar.update()
     predictions = len(texts) * (length - 1)
     nll, full_nll, kl, agree = totals / predictions
     return PerplexityResult(
@@ -132,12 +141,12 @@ def text_windows(lm: LanguageModel, text: str, length: int, windows: int | None)
 
 
 def full_precision_hidden(
-    lm: LanguageModel, texts: Int[np.ndarray, "W T"], *, progress: bool = True
+    lm: LanguageModel, texts: Int[np.ndarray, "W T"], *, batch: int = 1, progress: bool = True
 ) -> list[Float[np.ndarray, "T hidden"]]:
-    """The last layer's output of each window with the full-precision cache."""
+    """The last layer's output of each window with the full-precision cache, `batch` windows at a time."""
     full = Layerwise(lm)
-    shown = tqdm(texts, "full precision", disable=not progress, unit="window")
-    return [np.asarray(full.hidden(tokens[None])[0]) for tokens in shown]
+    starts = tqdm(range(0, len(texts), batch), "full precision", disable=not progress, unit="batch")
+    return [row for start in starts for row in np.asarray(full.hidden(texts[start : start + batch]))]
 
 
 def bits_per_element(lm: LanguageModel, method: CacheMethod) -> float:

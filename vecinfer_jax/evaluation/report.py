@@ -105,7 +105,7 @@ def grouped(rows: Iterable[Content], *keys: Callable[[Content], Any]) -> dict[An
 def mean_and_spread(values: Sequence[float], form: str) -> str:
     """The mean, and how far the furthest of several seeds is from it."""
     mean = float(np.mean(values))
-    if len(values) == 1:
+    if len(set(values)) == 1:
         return form.format(mean)
     return f"{form.format(mean)} ± {form.format(max(abs(v - mean) for v in values))}"
 

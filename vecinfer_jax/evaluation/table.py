@@ -35,6 +35,10 @@ from vecinfer_jax.evaluation.ruler import Ruler
 from vecinfer_jax.models import LanguageModel
 
 FORMAT = 1
+# What a row is known by.
+IDENTITY = ("format", "model", "fingerprint", "dtype", "method", "task", "prefill", "seed", "calibration")
+# `batch` cases of so many tokens are run at a time; longer windows of text are run fewer at a time.
+CASE_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,8 +132,21 @@ class Table:
 
     def path(self, row: Row) -> Path:
         """Where a finished row is kept."""
-        digest = hashlib.sha256(json.dumps(self.identity(row), sort_keys=True).encode()).hexdigest()[:16]
-        return self.directory / "rows" / f"{row.task.name}-{row.method.name}-{digest}.json"
+        return self._path_of(self.identity(row))
+
+    def _path_of(self, identity: Mapping[str, Any]) -> Path:
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+        return self.directory / "rows" / f"{identity['task']['name']}-{identity['method']['name']}-{digest}.json"
+
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> int:
+        """Puts rows from elsewhere (a `results.json`) among those that are there -> how many are this model's."""
+        count = 0
+        for content in rows:
+            identity = {key: content[key] for key in IDENTITY}
+            if identity["format"] == FORMAT and identity["fingerprint"] == self.lm.fingerprint:
+                _write(self._path_of(identity), content)
+                count += 1
+        return count
 
     def _measure(self, row: Row) -> dict[str, Any]:
         calibration = self._calibration(row)
@@ -147,12 +164,14 @@ class Table:
         lm, task = self.lm, row.task
         if isinstance(task, TextTask):
             text = task.text()
+            batch = max(self.batch * CASE_TOKENS // task.length, 1)
             if isinstance(task, CodeErrorTask):
                 windows = text_windows(lm, text, task.length, task.windows)
                 return code_error(lm, row.method, calibration, windows, progress=False)
 
             def reference() -> Any:
-                return full_precision_hidden(lm, text_windows(lm, text, task.length, task.windows), progress=False)
+                windows = text_windows(lm, text, task.length, task.windows)
+                return full_precision_hidden(lm, windows, batch=batch, progress=False)
 
             return perplexity(
                 lm,
@@ -162,6 +181,7 @@ class Table:
                 length=task.length,
                 windows=task.windows,
                 prefill=row.prefill,
+                batch=batch,
                 reference=self._once(("reference", task), reference),
                 progress=False,
             )
