@@ -65,8 +65,10 @@ class _CodeError(CacheMethod):
     ) -> tuple[Float[Array, "B T Hq D"], _Sums]:
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
         out = causal_attention(q, k, v, chunk.lengths, chunk.layer.scale)
-        store = self.method.append(cache.store, k, v, chunk.positions, chunk.layer)
-        keys, values = self.method.read(store, jnp.int32(0), k.shape[1], chunk.layer)
+        count = k.shape[1] // self.method.token_group * self.method.token_group  # whole groups are coded
+        k, v = k[:, :count], v[:, :count]
+        store = self.method.append(cache.store, k, v, chunk.positions[:, :count], chunk.layer)
+        keys, values = self.method.read(store, jnp.int32(0), count, chunk.layer)
 
         def squares(x: jax.Array, coded: jax.Array) -> list[jax.Array]:
             x = x.swapaxes(1, 2).astype(jnp.float32)

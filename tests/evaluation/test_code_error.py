@@ -1,0 +1,40 @@
+"""The error of codes is that of encoding and decoding, computed here by hand."""
+
+import numpy as np
+import pytest
+
+import vecinfer_jax as vj
+from tests import small
+
+LENGTH = 60  # no multiple of KIVI's group
+
+
+def windows() -> np.ndarray:
+    return np.asarray(small.prompts([LENGTH, LENGTH], seed=3), np.int32)
+
+
+@pytest.mark.parametrize(
+    "method", [vj.VecInfer(bits=2), vj.KIVI(bits=2, group=16), vj.HadamardInt(bits=4), vj.PlainVQ(bits=2)], ids=repr
+)
+def test_errors_are_those_of_a_coder_of_that_width(method):
+    result = vj.evaluate.code_error(small.model(), method, small.calibration_of(method), windows(), progress=False)
+    assert len(result.key_error_by_layer) == small.CONFIG.num_layers
+    low, high = {2: (0.03, 0.8), 4: (0.02, 0.2)}[int(method.bits)]
+    assert low < result.key_error < high and low < result.value_error < high
+    assert result.tokens == 2 * LENGTH
+
+
+def test_more_bits_make_smaller_errors():
+    errors = []
+    for bits in (1, 2, 4):
+        method = vj.VecInfer(bits=bits)
+        calibration = small.calibration_of(method)
+        errors.append(vj.evaluate.code_error(small.model(), method, calibration, windows(), progress=False).key_error)
+    assert errors == sorted(errors, reverse=True) and errors[0] > 1.5 * errors[2]
+
+
+def test_layers_without_codes_have_no_error():
+    method = vj.PerLayer(vj.FullPrecision(), ((1, vj.HadamardInt(bits=2)),))
+    result = vj.evaluate.code_error(small.model(), method, None, windows(), progress=False)
+    assert result.key_error_by_layer[0] == result.key_error_by_layer[2] == 0
+    assert result.key_error_by_layer[1] > 0.1
