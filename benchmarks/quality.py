@@ -22,6 +22,8 @@ import results
 import vecinfer_jax as vj
 from vecinfer_jax import specs
 from vecinfer_jax.caches import METHODS
+from vecinfer_jax.calibration.collect import SAMPLES
+from vecinfer_jax.cli import read_documents
 from vecinfer_jax.evaluation.report import grouped, read_rows
 from vecinfer_jax.evaluation.table import IDENTITY, TASKS, Row, Table, rows_of
 
@@ -104,6 +106,8 @@ def main() -> int:
     parser.add_argument("--output", type=Path, help="working directory of the table")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="where the JSON files go")
     parser.add_argument("--passages", type=int, default=64)
+    parser.add_argument("--samples", type=int, default=SAMPLES)
+    parser.add_argument("--calibration-text", type=Path, help="default: Wikipedia paragraphs")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--workers", type=int, default=1, help="processes that share the rows")
     parser.add_argument("--worker", type=int, help=argparse.SUPPRESS)
@@ -125,7 +129,15 @@ def main() -> int:
         if any(statuses):
             return 1
     lm = vj.load(args.model, "float32", progress=False)
-    table = Table(lm, args.output, passages=args.passages, batch=args.batch, progress=args.worker in (None, 0))
+    table = Table(
+        lm,
+        args.output,
+        passages=args.passages,
+        samples=args.samples,
+        texts=args.calibration_text and list(read_documents(args.calibration_text)),
+        batch=args.batch,
+        progress=args.worker in (None, 0),
+    )
     held = args.results / results.device_name() / f"quality-{args.model}.json"
     if held.exists():
         table.restore(read_rows(held))

@@ -176,6 +176,7 @@ def calibrate(
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Wikipedia paragraphs, fetched.")] = None,
     passages: Annotated[int, typer.Option(help="Passages to run the model over.")] = 64,
     passage_length: Annotated[int, typer.Option(help="Tokens a passage.")] = 512,
+    samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = 8192,
     seed: Annotated[int, typer.Option(help="The same seed gives the same artefact.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -195,6 +196,7 @@ def calibrate(
         read_documents(text) if text is not None else None,
         passages=passages,
         passage_length=passage_length,
+        samples=samples,
         seed=seed,
         progress=not quiet,
     )
@@ -362,6 +364,10 @@ def evaluate_table(
     seed: Annotated[list[int] | None, typer.Option(help="Calibration seeds; may be repeated. Default 0.")] = None,
     passages: Annotated[int, typer.Option(help="Calibration passages.")] = 64,
     passage_length: Annotated[int, typer.Option(help="Tokens a calibration passage.")] = 512,
+    samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = 8192,
+    calibration_text: Annotated[
+        Path | None, typer.Option(help="UTF-8 text to calibrate on; default: Wikipedia paragraphs, fetched.")
+    ] = None,
     dtype: Dtype = None,
     batch_size: Batch = 8,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
@@ -388,6 +394,8 @@ def evaluate_table(
             output,
             passages=passages,
             passage_length=passage_length,
+            samples=samples,
+            texts=None if calibration_text is None else list(read_documents(calibration_text)),
             batch=batch_size,
             progress=not quiet,
         )

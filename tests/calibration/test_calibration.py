@@ -27,7 +27,7 @@ def saved(tmp_path):
 def test_statistics_are_those_of_the_models_keys():
     lm = small.model()
     passages = list(passages_of(lm, small.texts(), 64))
-    count, statistics = collect_statistics(lm, passages, passages=4, batch=2, seed=0, progress=False)
+    count, statistics = collect_statistics(lm, passages, passages=4, samples=8192, batch=2, seed=0, progress=False)
     assert count == 4
     peak = np.zeros((lm.config.num_layers, 2, 16))
     for row in passages[:4]:

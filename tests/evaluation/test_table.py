@@ -31,7 +31,7 @@ def finished(tmp_path_factory):
     return directory, tasks
 
 
-def collect(lm, seed=0, **_):
+def collect(lm, texts=None, seed=0, **_):
     """In place of the default text, which would be fetched."""
     return original_collect(lm, small.texts(), passages=4, passage_length=64, batch=2, seed=seed, progress=False)
 
@@ -118,6 +118,10 @@ def test_other_settings_or_another_text_are_other_rows(finished):
     assert json.dumps(made.identity(table.Row(CODED, tasks[0], "exact", 0))) != identity
     fast = table.Row(vj.VecInfer(bits=1, residual=0, implementation="xla"), tasks[0], "coded", 0)
     assert json.dumps(made.identity(fast)) == identity
+    for calibration in ({"samples": 5}, {"passages": 5}, {"texts": ["another"]}):
+        otherwise = table.Table(small.model(), directory / "out", progress=False, **calibration)
+        assert json.dumps(otherwise.identity(row)) != identity
+        assert otherwise.identity(table.Row(vj.FullPrecision(), tasks[0], "coded", None))["calibration"] is None
     text = tasks[0].path
     content = text.read_text()
     text.write_text("another " + content)

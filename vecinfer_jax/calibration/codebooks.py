@@ -8,7 +8,8 @@ from jaxtyping import Float
 from vecinfer_jax.calibration.kmeans import kmeans
 from vecinfer_jax.errors import CalibrationError
 
-# Sub-vectors that one codebook is fitted to: 128 a centroid for the 256-entry books, at least 32 for larger ones.
+# Sub-vectors that one codebook is fitted to: four of each sampled token, but at least so many, and 32 a centroid.
+PER_TOKEN = 4
 MIN_SAMPLES = 32768
 
 
@@ -19,7 +20,7 @@ def codebook_of(
     groups = subvectors(vectors, length)
     if not per_head:
         groups = groups.reshape(1, -1, length)
-    return _fitted(_sampled(groups, _wanted(entries), seed), entries, seed)
+    return _fitted(_sampled(groups, _wanted(entries, len(vectors)), seed), entries, seed)
 
 
 def codebook_by_position(
@@ -28,7 +29,7 @@ def codebook_by_position(
     """Product quantisation: a codebook for every sub-vector position of every head, position fastest."""
     n, heads, dim = vectors.shape
     groups = np.moveaxis(vectors.reshape(n, heads * dim // length, length), 0, 1)
-    return _fitted(_sampled(groups, _wanted(entries), seed), entries, seed)
+    return _fitted(_sampled(groups, _wanted(entries, n), seed), entries, seed)
 
 
 def pooled_codebook(
@@ -39,7 +40,7 @@ def pooled_codebook(
     Layers may differ in N and Hkv.
     """
     heads = sum(vectors.shape[1] for vectors in layers)
-    share = -(-_wanted(entries) // heads)
+    share = -(-_wanted(entries, max(len(v) for v in layers)) // heads)
     share = min(share, *(vectors.shape[0] * vectors.shape[2] // length for vectors in layers))
     pooled = [_sampled(subvectors(v, length), share, seed + i).reshape(-1, length) for i, v in enumerate(layers)]
     return _fitted(np.concatenate(pooled)[None], entries, seed)
@@ -51,8 +52,8 @@ def subvectors(vectors: Float[np.ndarray, "N Hkv D"], length: int) -> Float[np.n
     return vectors.reshape(n, heads, dim // length, length).transpose(1, 0, 2, 3).reshape(heads, -1, length)
 
 
-def _wanted(entries: int) -> int:
-    return max(MIN_SAMPLES, 32 * entries)
+def _wanted(entries: int, tokens: int) -> int:
+    return max(MIN_SAMPLES, PER_TOKEN * tokens, 32 * entries)
 
 
 def _sampled(groups: Float[np.ndarray, "groups n d"], count: int, seed: int) -> Float[np.ndarray, "groups m d"]:

@@ -21,6 +21,7 @@ from vecinfer_jax.models.decoder import layer_shape
 from vecinfer_jax.models.layerwise import Layerwise
 
 DEFAULT_TEXT = "hotpotqa-paragraphs"
+SAMPLES = 8192
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ def calibrate(
     *,
     passages: int = 64,
     passage_length: int = 512,
+    samples: int = SAMPLES,
     batch: int = 4,
     seed: int = 0,
     progress: bool = True,
@@ -53,6 +55,8 @@ def calibrate(
         texts: documents, streamed and joined until `passages` are full; default: Wikipedia paragraphs in random
             order (see `vecinfer_jax.assets`).
         passages, passage_length: how many passages of how many tokens (VecInfer, section 4.1: 256 of 512).
+        samples: tokens, drawn from all of them, whose keys and values are kept of each layer to fit codebooks to. More
+            are better and take memory: what is rare, such as the first tokens of passages, is then drawn more often.
         batch: passages run at a time.
         seed: of everything random; the same seed gives the same calibration on the same device.
         progress: show progress bars.
@@ -61,7 +65,14 @@ def calibrate(
         CalibrationError: the text is empty or too short, or an activation is not finite.
     """
     activations = collect(
-        lm, texts, passages=passages, passage_length=passage_length, batch=batch, seed=seed, progress=progress
+        lm,
+        texts,
+        passages=passages,
+        passage_length=passage_length,
+        samples=samples,
+        batch=batch,
+        seed=seed,
+        progress=progress,
     )
     return fit(lm, method, activations, progress=progress)
 
@@ -72,13 +83,14 @@ def collect(
     *,
     passages: int = 64,
     passage_length: int = 512,
+    samples: int = SAMPLES,
     batch: int = 4,
     seed: int = 0,
     progress: bool = True,
 ) -> Activations:
     """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does."""
-    if passages < 1 or batch < 1:
-        raise InputError(f"passages={passages} and batch={batch} must be 1 or more")
+    if passages < 1 or batch < 1 or samples < 1:
+        raise InputError(f"passages={passages}, samples={samples} and batch={batch} must be 1 or more")
     if not 2 <= passage_length <= lm.config.max_position:
         raise InputError(
             f"passage_length={passage_length} must be from 2 to the model's context of {lm.config.max_position}"
@@ -98,13 +110,20 @@ def collect(
             yield text
 
     count, statistics = collect_statistics(
-        lm, passages_of(lm, hashed(), passage_length), passages=passages, batch=batch, seed=seed, progress=progress
+        lm,
+        passages_of(lm, hashed(), passage_length),
+        passages=passages,
+        samples=min(samples, passages * passage_length),
+        batch=batch,
+        seed=seed,
+        progress=progress,
     )
     metadata = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},
         "text": {"name": text_name, "sha256": digest.hexdigest()},
         "passages": count,
         "passage_length": passage_length,
+        "samples": samples,
         "seed": seed,
         "dtype": str(jnp.dtype(lm.dtype)),
         "device": jax.devices()[0].device_kind,
@@ -154,12 +173,13 @@ def collect_statistics(
     passages_in: Iterable[list[int]],
     *,
     passages: int,
+    samples: int,
     batch: int,
     seed: int,
     progress: bool,
 ) -> tuple[int, list[LayerStatistics]]:
     """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer)."""
-    model = Layerwise(lm, Statistics(seed=seed))
+    model = Layerwise(lm, Statistics(samples, seed))
     caches = model.init(batch, 0)
     source = itertools.islice(iter(passages_in), passages)
     done = 0

@@ -15,6 +15,9 @@ from vecinfer_jax.errors import InputError
 
 Content = dict[str, Any]
 
+# Not worth a word in a table: the defaults of `calibrate`.
+USUAL_CALIBRATION = {"passages": 64, "passage_length": 512, "samples": 8192, "text": "hotpotqa-paragraphs"}
+
 
 def read_rows(directory: str | Path) -> list[Content]:
     """The rows of a table's directory, or of a `results.json`. Raises `InputError`."""
@@ -162,7 +165,10 @@ def _dtype(row: Content) -> str:
 
 
 def _method(row: Content) -> str:
-    return method_label(row["method"])
+    """The method's label, with what its calibration was made from where that is not the usual."""
+    made = row.get("calibration") or {}
+    unusual = [f"{name} {value}" for name, value in made.items() if value != USUAL_CALIBRATION.get(name)]
+    return method_label(row["method"]) + (f" (calibrated on {', '.join(unusual)})" if unusual else "")
 
 
 # -- plots

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, versions
-from vecinfer_jax.calibration.collect import collect, fit
+from vecinfer_jax.calibration.collect import DEFAULT_TEXT, SAMPLES, Activations, collect, fit
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.evaluation.answers import answer
@@ -90,11 +90,17 @@ class Table:
         *,
         passages: int = 64,
         passage_length: int = 512,
+        samples: int = SAMPLES,
+        texts: Sequence[str] | None = None,
         batch: int = 8,
         progress: bool = True,
     ) -> None:
+        """`passages`, `passage_length`, `samples` and `texts` are `calibrate`'s; a seed also shuffles `texts`."""
         self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
-        self._calibrate: dict[str, Any] = {"passages": passages, "passage_length": passage_length}
+        self._calibrate: dict[str, Any] = {"passages": passages, "passage_length": passage_length, "samples": samples}
+        self._texts = texts
+        text = DEFAULT_TEXT if texts is None else hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+        self._calibrated_on = self._calibrate | {"text": text}
         self._kept: dict[Any, Any] = {}
         try:
             (self.directory / "rows").mkdir(parents=True, exist_ok=True)
@@ -127,7 +133,7 @@ class Table:
             "task": {"name": row.task.name} | _settings(row.task),
             "prefill": row.prefill,
             "seed": row.seed,
-            "calibration": self._calibrate if row.method.needs_calibration else None,
+            "calibration": self._calibrated_on if row.method.needs_calibration else None,
         }
 
     def path(self, row: Row) -> Path:
@@ -192,7 +198,7 @@ class Table:
     def _calibration(self, row: Row) -> Calibration:
         if not row.method.needs_calibration:
             return resolve_calibration(self.lm, row.method)
-        key = json.dumps([row.method.calibration_key(), row.seed, self._calibrate], sort_keys=True)
+        key = json.dumps([row.method.calibration_key(), row.seed, self._calibrated_on], sort_keys=True)
         digest = hashlib.sha256(f"{self.lm.fingerprint} {key}".encode()).hexdigest()[:12]
         directory = self.directory / "calibrations" / f"{row.method.name}-{digest}"
 
@@ -205,14 +211,18 @@ class Table:
                 except CalibrationError:
                     pass  # damaged: made again
             seed = row.seed or 0
-            activations = self._once(
-                ("activations", seed), lambda: collect(self.lm, seed=seed, progress=False, **self._calibrate)
-            )
+            activations = self._once(("activations", seed), lambda: self._collect(seed))
             made = fit(self.lm, row.method, activations, progress=False)
             made.save(directory, force=True)
             return made
 
         return self._once(("calibration", digest), make)
+
+    def _collect(self, seed: int) -> Activations:
+        texts = self._texts
+        if texts is not None:
+            texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
+        return collect(self.lm, texts, seed=seed, progress=False, **self._calibrate)
 
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The last thing made of a kind: rows that need the same stand together."""
