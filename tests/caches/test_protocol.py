@@ -141,3 +141,9 @@ def test_every_method_on_the_command_line_is_a_frozen_hashable_setting():
         assert issubclass(method, CacheMethod) and method.name == name
         assert hash(method()) == hash(method())
         assert method() == method()
+
+
+def test_a_per_layer_method_within_another_is_resolved():
+    coded = vj.HadamardInt(bits=2)
+    nested = vj.PerLayer(vj.PerLayer(vj.FullPrecision(), ((1, coded),)), ((2, coded),))
+    assert [nested.for_layer(i, 3) for i in range(3)] == [vj.FullPrecision(), coded, coded]

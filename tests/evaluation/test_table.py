@@ -65,7 +65,7 @@ def test_rows_say_what_was_measured(finished):
     assert all(r["device"] and r["versions"] and r["fingerprint"] == small.model().fingerprint for r in rows)
 
 
-def test_what_is_there_is_not_run_again_and_what_is_damaged_or_lost_is(finished, monkeypatch):
+def test_what_is_there_is_not_run_again_and_what_is_lost_is(finished, monkeypatch):
     directory, tasks = finished
     monkeypatch.setattr(table, "collect", None)  # the calibrations are kept, too
     assert run(directory, tasks) == 0
@@ -161,16 +161,67 @@ def test_heatmaps_are_drawn_from_grids(tmp_path):
     assert all((tmp_path / name).stat().st_size > 1000 for name in names)
 
 
-ROW = {"model": "m", "dtype": "float32", "seed": 0, "prefill": "coded", "device": "cpu", "method": {"name": "kivi"}}
+ROW = {
+    "model": "org/m",
+    "fingerprint": "f",
+    "dtype": "float32",
+    "seed": 0,
+    "prefill": "coded",
+    "device": "cpu",
+    "method": {"name": "kivi"},
+    "calibration": None,
+}
+
+
+def test_only_seeds_are_averaged():
+    """Rows of another text, another format or another model are other lines, whatever their labels say."""
+
+    def row(perplexity, seed=0, method=None, task=None, **more):
+        result = {"perplexity": perplexity, "bits_per_element": 2.0, "kl": 0.1, "top1_agreement": 0.9}
+        method = {"name": "vecinfer", "bits": 2, "key": None, "value": None} | (method or {})
+        task = {"name": "perplexity", "path": "t.txt", "path_sha256": "a"} | (task or {})
+        return ROW | {"seed": seed, "method": method, "task": task, "result": result, "calibration": {}} | more
+
+    rows = [
+        row(10.0),
+        row(12.0, seed=1),
+        row(20.0, method={"key": "d4b10"}),
+        row(30.0, method={"bits": 1, "key": "d4b10"}),
+    ]
+    lines = report.task_table(rows)
+    assert "| vecinfer 2 bit | coded | 2 | 2 | 11.00 ± 1.00 |" in lines
+    assert "K d4b10 V 2 bit | coded | 1 | 2 | 20.00 |" in lines and "K d4b10 V 1 bit | coded | 1 | 2 | 30.00 |" in lines
+    texts = report.markdown([row(10.0), row(12.0, task={"path_sha256": "b"}), row(14.0, fingerprint="other")])
+    assert "±" not in texts.split("\n", 3)[3] and texts.count("## perplexity") == 3
+
+
+def test_a_file_named_as_text_is_known_by_its_content(tmp_path):
+    from vecinfer_jax.evaluation.gsm8k import GSM8K
+
+    made = table.Table(small.model(), tmp_path, progress=False)
+    path = tmp_path / "g.jsonl"
+    identities = []
+    for content in ("one", "two"):
+        path.write_text(content)
+        identities.append(made.identity(table.Row(CODED, GSM8K(str(path)), "coded", 0))["task"])
+    assert identities[0] != identities[1] and identities[0]["path"] == "g.jsonl"
+
+
+@pytest.mark.parametrize("options", [["--batch-size", "0"], ["--length", "0"]])
+def test_numbers_that_cannot_be_are_one_line(options, capsys, monkeypatch):
+    monkeypatch.setattr("vecinfer_jax.models.load", lambda *args, **kwargs: small.model())
+    assert cli.main(["evaluate", "needle", "--method", "full", "--quiet", *options]) == 1
+    assert capsys.readouterr().err.count("\n") == 1
 
 
 def test_damaged_rows_are_named(tmp_path):
     (tmp_path / "rows").mkdir()
     with pytest.raises(InputError, match="no finished rows"):
         report.read_rows(tmp_path)
-    (tmp_path / "rows" / "x.json").write_text("{")
-    with pytest.raises(InputError, match=r"x\.json cannot be read"):
-        report.read_rows(tmp_path)
+    for content in ("{", "[]", "{}", '{"rows": [1]}'):
+        (tmp_path / "rows" / "x.json").write_text(content)
+        with pytest.raises(InputError, match=r"x\.json cannot be read"):
+            report.read_rows(tmp_path)
 
 
 def test_the_command_runs_a_table(tmp_path, capsys, monkeypatch):

@@ -10,6 +10,7 @@ import pytest
 
 import vecinfer_jax as vj
 from tests import small
+from vecinfer_jax.caches import METHODS as ALL
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.generation.engine import bucket, engine_for
 from vecinfer_jax.models.decoder import Decoder
@@ -247,3 +248,17 @@ def test_prompts_may_be_arrays():
 def test_finite_temperatures_only():
     with pytest.raises(InputError):
         vj.Sampling(temperature=float("inf"))
+
+
+@pytest.mark.parametrize("name", sorted(ALL))
+def test_a_ragged_batch_in_bfloat16(name):
+    lm = small.model()
+    half = dataclasses.replace(
+        lm, params=jax.tree.map(lambda x: x.astype(jnp.bfloat16), lm.params), dtype=jnp.dtype("bfloat16")
+    )
+    method = ALL[name]() if name == "full" else ALL[name](residual=4)
+    out = vj.generate(
+        half, small.prompts([50, 3]), method=method, calibration=small.calibration_of(method), max_new_tokens=4
+    )
+    assert [len(tokens) for tokens in out.tokens] == [4, 4]
+    assert all(np.isfinite(logprobs).all() for logprobs in out.logprobs)

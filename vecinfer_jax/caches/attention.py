@@ -28,6 +28,13 @@ def _highest(x: jax.Array) -> jax.lax.Precision | None:
     return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
 
 
+def _product(terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum summed in float32. A CPU cannot multiply all 16-bit operands so: there they are float32, too."""
+    if jax.default_backend() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    return jnp.einsum(terms, a, b, precision=_highest(a), preferred_element_type=jnp.float32)
+
+
 class Tokens(NamedTuple):
     """Keys (after RoPE) and values [B, Hkv, N, D] with the position each slot holds, int32[B, N]; -1: nothing."""
 
@@ -49,16 +56,12 @@ def scores(q: Float[Array, "B T Hq D"], k: Float[Array, "B Hkv S D"], scale: flo
     """Scaled float32 scores, query heads grouped by their KV head."""
     b, t, hq, d = q.shape
     grouped = q.reshape(b, t, k.shape[1], hq // k.shape[1], d)
-    return scale * jnp.einsum(
-        "bthgd,bhsd->bhgts", grouped, k, precision=_highest(q), preferred_element_type=jnp.float32
-    )
+    return scale * _product("bthgd,bhsd->bhgts", grouped, k)
 
 
 def combine(p: Float[Array, "B Hkv G T S"], v: Float[Array, "B Hkv S D"]) -> Float[Array, "B T Hq D"]:
     """Weights times values, in float32."""
-    out = jnp.einsum(
-        "bhgts,bhsd->bthgd", p.astype(v.dtype), v, precision=_highest(v), preferred_element_type=jnp.float32
-    )
+    out = _product("bhgts,bhsd->bthgd", p.astype(v.dtype), v)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 

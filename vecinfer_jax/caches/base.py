@@ -167,7 +167,8 @@ class CacheMethod(abc.ABC):
     def shared_calibration(self, layers: Sequence[LayerShape], statistics: Sequence[Any], seed: int) -> Any:
         """What the layers this method serves are calibrated with in common, from the statistics of all of them.
 
-        Called once for every distinct method that `for_layer` returns; `calibrate_layer` gets the result as `shared`.
+        Called once for every distinct calibration key among the methods that `for_layer` returns; `calibrate_layer`
+        gets the result as `shared`.
         """
         del layers, statistics, seed
         return None

@@ -27,7 +27,7 @@ class PerLayer(CacheMethod):
         outside = [i for i, _ in self.overrides if not 0 <= i < num_layers]
         if outside:
             raise InputError(f"PerLayer overrides layer {outside[0]}, but the model has layers 0 to {num_layers - 1}")
-        return dict(self.overrides).get(index, self.default)
+        return dict(self.overrides).get(index, self.default).for_layer(index, num_layers)
 
     def calibration_key(self) -> dict[str, Any]:
         overrides = {str(i): m.calibration_key() for i, m in self.overrides}

@@ -14,7 +14,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import hadamard, vq_decode_attention, vq_encode
+from pallas_kernels import dispatch, hadamard, vq_decode_attention, vq_encode
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.formats import PAPER_FORMATS, CodeFormat, check_bits
@@ -70,6 +70,9 @@ class VecInfer(WindowedMethod):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_bits("VecInfer", self.bits)
+        known = dispatch.TABLE["vq_decode_attention"]
+        if self.implementation is not None and self.implementation not in known:
+            raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
         if self.transform not in TRANSFORMS:
             raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
         if self.scope not in SCOPES:

@@ -134,6 +134,8 @@ def read_calibration(directory: str | os.PathLike[str]) -> Calibration:
     metadata = read_metadata(directory)
     digests = metadata["arrays"]
     arrays_path = Path(directory).absolute() / "arrays"
+    if digests and not arrays_path.is_dir():
+        raise CalibrationError(f"{arrays_path} cannot be read (there is none): calibrate again")
     try:
         template: dict[str, dict[str, np.ndarray]] = {}
         for name, entry in digests.items():

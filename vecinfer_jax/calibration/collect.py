@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import itertools
+import json
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -145,9 +146,10 @@ def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, pro
     shapes = [layer_shape(lm.config, index, lm.dtype) for index in range(n)]
     methods = [method.for_layer(index, n) for index in range(n)]
     shared = {}
-    for one in dict.fromkeys(methods):
-        served = [index for index, other in enumerate(methods) if other == one]
-        shared[one] = one.shared_calibration(
+    keys = [json.dumps(one.calibration_key(), sort_keys=True) for one in methods]  # a window needs no calibration
+    for key in dict.fromkeys(keys):
+        served = [index for index, other in enumerate(keys) if other == key]
+        shared[key] = methods[served[0]].shared_calibration(
             [shapes[i] for i in served],
             [statistics[i] for i in served],
             seed=(seed * 1_000_003 + 500_000 + served[0]) % 2**31,
@@ -159,7 +161,7 @@ def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, pro
             shapes[index],
             layer_statistics,
             seed=(seed * 1_000_003 + 2 * index) % 2**31,
-            shared=shared[methods[index]],
+            shared=shared[keys[index]],
         )
         for field, array in fitted.items():
             if not np.all(np.isfinite(array)):
@@ -173,7 +175,7 @@ def collect_statistics(
     passages_in: Iterable[list[int]],
     *,
     passages: int,
-    samples: int,
+    samples: int = SAMPLES,
     batch: int,
     seed: int,
     progress: bool,

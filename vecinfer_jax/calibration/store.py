@@ -10,9 +10,12 @@ from pathlib import Path
 from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
-from vecinfer_jax.calibration.collect import calibrate
+from vecinfer_jax.calibration.collect import SAMPLES, calibrate
 from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
+
+# What artefacts of different seeds have in common that can be compared.
+SEEDED = {"seed": 0, "passages": 64, "passage_length": 512, "samples": SAMPLES}
 
 
 def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMethod | None = None) -> Calibration:
@@ -36,7 +39,8 @@ def resolve_calibration(
 ) -> Calibration:
     """The calibration to use: the given one (checked), a shipped or kept one, or one made now and kept.
 
-    `seed` asks for one made with that seed; without it any will do.
+    `seed` asks for one made with that seed and `calibrate`'s defaults, so that seeds can be compared; without it any
+    will do, also one made from more text.
     """
     if seed is not None:
         check_seed(seed)
@@ -69,7 +73,7 @@ def find_calibration(lm: LanguageModel, method: CacheMethod, seed: int | None = 
     for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
-            seeded = seed is None or metadata.get("seed") == seed
+            seeded = seed is None or {key: metadata.get(key) for key in SEEDED} == SEEDED | {"seed": seed}
             if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key and seeded:
                 return load_calibration(directory, lm, method)
         except CalibrationError as error:

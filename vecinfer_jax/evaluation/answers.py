@@ -19,7 +19,7 @@ from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CapacityError
-from vecinfer_jax.evaluation.cases import Case, Task
+from vecinfer_jax.evaluation.cases import Case, Task, check_whole
 from vecinfer_jax.evaluation.perplexity import bits_per_element, check_prefill
 from vecinfer_jax.generation.engine import bucket, round_up
 from vecinfer_jax.models import LanguageModel
@@ -85,6 +85,7 @@ def answer(
         InputError: settings of the task that make no sense. CapacityError: a case does not fit the model's context.
     """
     check_prefill(prefill)
+    check_whole("batch", batch)
     cases = task.cases(lm) if cases is None else cases
     method = method or FullPrecision()
     longest = max(case.tokens for case in cases)
@@ -116,7 +117,7 @@ def answer(
 
 
 def _batches(cases: Sequence[Case], size: int) -> Iterator[list[int]]:
-    """Indices of cases that are run together: alike in padded length, and in whether they are generated."""
+    """Indices of cases that are run together: of similar length, and alike in whether they are generated."""
     order = sorted(range(len(cases)), key=lambda i: (not cases[i].generates, bucket(len(cases[i].prompt)), i))
     start = 0
     while start < len(order):

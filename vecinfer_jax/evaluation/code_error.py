@@ -15,6 +15,7 @@ from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, Layer
 from vecinfer_jax.caches.windowed import WindowedMethod
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
+from vecinfer_jax.errors import InputError
 from vecinfer_jax.evaluation.perplexity import bits_per_element
 from vecinfer_jax.models import LanguageModel
 from vecinfer_jax.models.layerwise import Layerwise
@@ -53,6 +54,7 @@ class _CodeError(CacheMethod):
     name: ClassVar[str] = "code-error"
 
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> _Sums:
+        self.method.validate(layer)
         return _Sums(jnp.zeros((4,), jnp.float32), self.method.init_store(layer, batch, capacity, calibration))
 
     def prefill(
@@ -91,8 +93,14 @@ def code_error(
     *,
     progress: bool = True,
 ) -> CodeErrorResult:
-    """Relative error of every token's key and value, by layer; 0 in layers that keep no codes."""
+    """Relative error of the keys and values of a text's tokens, by layer; 0 in layers that keep no codes.
+
+    Of methods that group keys along tokens: of the tokens in whole groups. Raises `InputError` where there are none.
+    """
     n = lm.config.num_layers
+    groups = [getattr(method.for_layer(i, n), "token_group", 1) for i in range(n)]
+    if windows.shape[1] < max(groups):
+        raise InputError(f"windows of {windows.shape[1]} tokens hold no whole group of {max(groups)}: make them longer")
     calibration = resolve_calibration(lm, method, calibration, progress=progress)
     totals = np.zeros((n, 4), np.float64)
     totals[:, [1, 3]] = 1e-30
@@ -108,7 +116,7 @@ def code_error(
         key_error_by_layer=tuple(float(x) for x in keys),
         value_error_by_layer=tuple(float(x) for x in values),
         bits_per_element=bits_per_element(lm, method),
-        tokens=int(windows.size),
+        tokens=windows.shape[0] * min(windows.shape[1] // g * g for g in groups),
     )
 
 

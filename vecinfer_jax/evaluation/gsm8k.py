@@ -46,6 +46,7 @@ class GSM8K:
     name: ClassVar[str] = "gsm8k"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
         check_whole("problems", self.problems)
         check_whole("generated", self.generated, 0)
         check_whole("max_new_tokens", self.max_new_tokens)

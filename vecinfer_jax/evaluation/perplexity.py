@@ -23,6 +23,7 @@ from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CapacityError, InputError
+from vecinfer_jax.evaluation.cases import check_whole
 from vecinfer_jax.models import LanguageModel
 from vecinfer_jax.models.config import ModelConfig
 from vecinfer_jax.models.decoder import layer_shape
@@ -78,6 +79,7 @@ def perplexity(
     """
     method = method or FullPrecision()
     check_prefill(prefill)
+    check_whole("batch", batch)
     texts = text_windows(lm, text, length, windows)
     calibration = resolve_calibration(lm, method, calibration, progress=progress)
     if reference is not None and [r.shape for r in reference] != [(length, lm.config.hidden_size)] * len(texts):
@@ -124,8 +126,9 @@ def check_prefill(prefill: str) -> None:
 
 def text_windows(lm: LanguageModel, text: str, length: int, windows: int | None) -> Int[np.ndarray, "W T"]:
     """The first non-overlapping windows of `length` tokens of a text; raises as `perplexity` does."""
-    if length < 2:
-        raise InputError(f"length={length} must be 2 or more")
+    check_whole("length", length, 2)
+    if windows is not None:
+        check_whole("windows", windows)
     if length > lm.config.max_position:
         raise CapacityError(f"length={length} exceeds the model's context of {lm.config.max_position}")
     if lm.tokenizer is None:

@@ -4,6 +4,7 @@ The mean over calibration seeds stands in a table, with the largest distance of 
 """
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -27,9 +28,11 @@ def read_rows(directory: str | Path) -> list[Content]:
     for file in files:
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"{file} cannot be read ({error}): delete it and run again") from None
-        rows += content.get("rows", [content])
+            found = content.get("rows", [content])
+            _ = [[row[key] for key in ("model", "task", "method", "seed", "result")] for row in found]
+        except (OSError, ValueError, AttributeError, KeyError, TypeError) as error:
+            raise InputError(f"{file} cannot be read ({error!r}): delete it and run again") from None
+        rows += found
     if not rows:
         raise InputError(f"{directory} holds no finished rows")
     return sorted(rows, key=lambda row: json.dumps([row["model"], row["task"], row["method"], row["seed"] or 0]))
@@ -56,8 +59,9 @@ def method_label(method: Mapping[str, Any]) -> str:
     shown = []
     rest = {k: v for k, v in method.items() if k != "name"}
     key, value, bits = rest.pop("key", None), rest.pop("value", None), rest.pop("bits", None)
-    if key or value:
-        shown.append(f"K {key or value} V {value or key}" if key and value and key != value else f"{key or value}")
+    if key or value:  # what is not given is the format of `bits`
+        key, value = (form or f"{bits:g} bit" for form in (key, value))
+        shown.append(key if key == value else f"K {key} V {value}")
     elif bits is not None:
         shown.append(f"{bits:g} bit")
     usual = {"sink": 0, "transform": "smooth-hadamard", "scope": "layer_head"}
@@ -105,6 +109,17 @@ def grouped(rows: Iterable[Content], *keys: Callable[[Content], Any]) -> dict[An
     return dict(groups)
 
 
+def same_but_seed(row: Content) -> str:
+    """Equal for rows that differ in nothing but the calibration's seed (and where and when they were measured)."""
+    identity = ("fingerprint", "dtype", "task", "method", "calibration", "prefill")
+    return json.dumps([row.get(key) for key in identity], sort_keys=True)
+
+
+def same_task(row: Content) -> str:
+    """Equal for rows that stand in one table."""
+    return json.dumps([row.get(key) for key in ("model", "fingerprint", "dtype", "task")], sort_keys=True)
+
+
 def mean_and_spread(values: Sequence[float], form: str) -> str:
     """The mean, and how far the furthest of several seeds is from it."""
     mean = float(np.mean(values))
@@ -120,9 +135,10 @@ def markdown(rows: Sequence[Content], images: Sequence[str] = ()) -> str:
         "Mean over calibration seeds ± the furthest seed. `bits` counts codes, scales and zeros of a cached element; "
         "prompt `coded`: every query reads codes, as decoding does; `exact`: as generation reads its prompt.\n"
     )
-    for (model, dtype, task), group in grouped(rows, _model, _dtype, task_label).items():
+    for group in grouped(rows, same_task).values():
         devices = ", ".join(sorted({row["device"] for row in group}))
-        parts.append(f"## {task}\n\n{model}, {dtype}, {devices}\n")
+        first = group[0]
+        parts.append(f"## {task_label(first)}\n\n{first['model']}, {first['dtype']}, {devices}\n")
         parts.append(task_table(group) + "\n")
         if "task" in (group[0]["result"].get("answers") or [{"labels": {}}])[0].get("labels", {}):
             parts.append(label_table(group, "task") + "\n")
@@ -133,15 +149,20 @@ def markdown(rows: Sequence[Content], images: Sequence[str] = ()) -> str:
 def task_table(rows: Sequence[Content]) -> str:
     """One line a method and reading of the prompt."""
     measures = measures_of(rows[0]["task"]["name"])
-    lines = [["method", "prompt", *(name for name, _, _ in measures)]]
+    groups = list(grouped(rows, same_but_seed).values())
+    several = any(len(group) > 1 for group in groups)
+    lines = [["method", "prompt", *(["seeds"] if several else []), *(name for name, _, _ in measures)]]
     lines.append(["---"] * len(lines[0]))
-    order = sorted(
-        grouped(rows, _method, lambda r: r["prefill"]).items(),
-        key=lambda item: (item[1][0]["method"]["name"] != "full", -item[1][0]["result"]["bits_per_element"], item[0]),
-    )
-    for (method, prefill), group in order:
+
+    def order(group: list[Content]) -> Any:
+        first = group[0]
+        bits = first["result"]["bits_per_element"]
+        return first["method"]["name"] != "full", -bits, _method(first), first["prefill"]
+
+    for group in sorted(groups, key=order):
         cells = [mean_and_spread([get(row["result"]) for row in group], form) for _, get, form in measures]
-        lines.append([f"{method}", prefill, *cells])
+        seeds = ["" if group[0]["seed"] is None else str(len(group))] if several else []
+        lines.append([_method(group[0]), group[0]["prefill"], *seeds, *cells])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
@@ -149,19 +170,12 @@ def label_table(rows: Sequence[Content], label: str) -> str:
     """Mean judgement by the value of a label (RULER's tasks, say), one line a method."""
     values = list(dict.fromkeys(a["labels"][label] for a in rows[0]["result"]["answers"]))
     lines = [["method", "prompt", *map(str, values)], ["---"] * (len(values) + 2)]
-    for (method, prefill), group in grouped(rows, _method, lambda r: r["prefill"]).items():
+    for group in grouped(rows, same_but_seed).values():
+        method, prefill = _method(group[0]), group[0]["prefill"]
         answers = [a for row in group for a in row["result"]["answers"] if a["score"] is not None]
         means = [np.mean([a["score"] for a in answers if a["labels"][label] == value] or [np.nan]) for value in values]
         lines.append([method, prefill, *(f"{100 * mean:.0f}%" for mean in means)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _model(row: Content) -> str:
-    return row["model"]
-
-
-def _dtype(row: Content) -> str:
-    return row["dtype"]
 
 
 def _method(row: Content) -> str:
@@ -182,9 +196,9 @@ def draw(rows: Sequence[Content], directory: Path) -> list[str]:
         raise InputError("plots need matplotlib: pip install matplotlib, or leave them out with --no-plots") from None
     matplotlib.use("Agg")
     names = []
-    for index, ((model, _, _task), group) in enumerate(grouped(rows, _model, _dtype, task_label).items()):
+    for index, group in enumerate(grouped(rows, same_task).values()):
         task = group[0]["task"]["name"]
-        stem = f"{index:02d}-{model}-{task}"
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", f"{index:02d}-{group[0]['model']}-{task}")
         if task != "code-error":
             names += _quality_against_bits(group, directory / f"{stem}-bits.png")
         if task == "perplexity":
@@ -262,14 +276,15 @@ def _needle_heatmap(rows: Sequence[Content], path: Path) -> list[str]:
     """Fraction found over depth x length, one panel a method and reading of the prompt."""
     from matplotlib import pyplot as plt
 
-    panels = grouped(rows, _method, lambda r: r["prefill"])
+    panels = list(grouped(rows, same_but_seed).values())
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     size = (3.2 * columns, 2.6 * lines)
     figure, axes = plt.subplots(lines, columns, figsize=size, layout="constrained", squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.axis("off")
-    for axis, ((method, prefill), group) in zip(axes.flat, panels.items(), strict=False):
+    for axis, group in zip(axes.flat, panels, strict=False):
+        method, prefill = _method(group[0]), group[0]["prefill"]
         scores: dict[tuple[float, int], list[float]] = defaultdict(list)
         for found in (a for row in group for a in row["result"]["answers"] if a["score"] is not None):
             scores[found["labels"]["depth"], found["labels"]["length"]].append(found["score"])

@@ -26,7 +26,7 @@ from vecinfer_jax.calibration.collect import DEFAULT_TEXT, SAMPLES, Activations,
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.evaluation.answers import answer
-from vecinfer_jax.evaluation.cases import Task
+from vecinfer_jax.evaluation.cases import Task, check_whole
 from vecinfer_jax.evaluation.code_error import code_error
 from vecinfer_jax.evaluation.gsm8k import GSM8K
 from vecinfer_jax.evaluation.needle import Needle
@@ -39,6 +39,8 @@ FORMAT = 1
 IDENTITY = ("format", "model", "fingerprint", "dtype", "method", "task", "prefill", "seed", "calibration")
 # `batch` cases of so many tokens are run at a time; longer windows of text are run fewer at a time.
 CASE_TOKENS = 1024
+# Texts longer than this stand in a row as a hash.
+LONGEST_SETTING = 200
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,9 @@ class TextTask:
     windows: int | None = None
 
     name: ClassVar[str] = "perplexity"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path))
 
     def text(self) -> str:
         """The file's content. Raises `InputError`."""
@@ -96,9 +101,11 @@ class Table:
         progress: bool = True,
     ) -> None:
         """`passages`, `passage_length`, `samples` and `texts` are `calibrate`'s; a seed also shuffles `texts`."""
+        check_whole("batch", batch)
         self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
         self._calibrate: dict[str, Any] = {"passages": passages, "passage_length": passage_length, "samples": samples}
         self._texts = texts
+        self._references: dict[Any, Any] = {}
         text = DEFAULT_TEXT if texts is None else hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
         self._calibrated_on = self._calibrate | {"text": text}
         self._kept: dict[Any, Any] = {}
@@ -112,15 +119,16 @@ class Table:
         rows = list(rows)
         for row in rows:
             check_prefill(row.prefill)
-        # What takes longest to prepare is a calibration: rows that share one stand together.
-        missing = [row for row in dict.fromkeys(rows) if not self.path(row).exists()]
-        with tqdm(total=len(rows), initial=len(rows) - len(missing), desc="rows", disable=not self.progress) as bar:
-            for row in missing:
-                bar.set_postfix_str(f"{row.method.name} {row.task.name}")
-                content = self._measure(row)
-                _write(self.path(row), content)
+        count = 0
+        with tqdm(total=len(rows), desc="rows", disable=not self.progress) as bar:
+            for row in rows:
+                path = self.path(row)
+                if not path.exists():  # another process may have finished it since
+                    bar.set_postfix_str(f"{row.method.name} {row.task.name}")
+                    _write(path, self._measure(row))
+                    count += 1
                 bar.update()
-        return len(missing)
+        return count
 
     def identity(self, row: Row) -> dict[str, Any]:
         """What a row was measured on: a row with an equal identity is not measured again."""
@@ -188,10 +196,10 @@ class Table:
                 windows=task.windows,
                 prefill=row.prefill,
                 batch=batch,
-                reference=self._once(("reference", task), reference),
+                reference=self._kept_for(("reference", task), reference),
                 progress=False,
             )
-        cases = self._once(("cases", task), lambda: task.cases(lm))
+        cases = self._kept_for(("cases", task), lambda: task.cases(lm))
         options: dict[str, Any] = {"prefill": row.prefill, "batch": self.batch, "cases": cases}
         return answer(lm, task, row.method, calibration, progress=False, **options)
 
@@ -199,7 +207,8 @@ class Table:
         if not row.method.needs_calibration:
             return resolve_calibration(self.lm, row.method)
         key = json.dumps([row.method.calibration_key(), row.seed, self._calibrated_on], sort_keys=True)
-        digest = hashlib.sha256(f"{self.lm.fingerprint} {key}".encode()).hexdigest()[:12]
+        dtype = np.dtype(self.lm.dtype)
+        digest = hashlib.sha256(f"{self.lm.fingerprint} {dtype} {key}".encode()).hexdigest()[:12]
         directory = self.directory / "calibrations" / f"{row.method.name}-{digest}"
 
         def make() -> Calibration:
@@ -224,6 +233,12 @@ class Table:
             texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
         return collect(self.lm, texts, seed=seed, progress=False, **self._calibrate)
 
+    def _kept_for(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What every method needs of a task."""
+        if key not in self._references:
+            self._references[key] = make()
+        return self._references[key]
+
     def _once(self, key: Any, make: Callable[[], Any]) -> Any:
         """The last thing made of a kind: rows that need the same stand together."""
         if self._kept.get(key[0], (None, None))[0] != key:
@@ -234,14 +249,14 @@ class Table:
 def rows_of(
     methods: Sequence[CacheMethod], tasks: Sequence[Any], *, prefills: Sequence[str], seeds: Sequence[int]
 ) -> list[Row]:
-    """Methods x tasks, in an order in which calibrations and references are made once."""
+    """Methods x tasks, in an order in which a seed's activations are collected and a calibration is made once."""
     rows = []
-    for method in methods:
-        for seed in seeds if method.needs_calibration else [None]:
+    for seed in seeds:
+        for method in methods:
             for task, prefill in itertools.product(tasks, prefills):
                 # How a text's prompt is read makes no difference to the error of the codes, nor to exact keys.
                 how = "coded" if isinstance(task, CodeErrorTask) or method.name == "full" else prefill
-                rows.append(Row(method, task, how, seed))
+                rows.append(Row(method, task, how, seed if method.needs_calibration else None))
     return list(dict.fromkeys(rows))
 
 
@@ -258,6 +273,10 @@ def _settings(instance: Any) -> dict[str, Any]:
                 settings[f"{field.name}_sha256"] = hashlib.sha256(value.read_bytes()).hexdigest()[:16]
             except OSError as error:
                 raise InputError(f"cannot read {value}: {error.strerror}") from None
+        elif isinstance(value, float) and value.is_integer():
+            settings[field.name] = int(value)
+        elif isinstance(value, str) and len(value) > LONGEST_SETTING:
+            settings[f"{field.name}_sha256"] = hashlib.sha256(value.encode()).hexdigest()[:16]
         else:
             settings[field.name] = value if isinstance(value, int | float | str | None) else _jsonable(value)
     return settings
