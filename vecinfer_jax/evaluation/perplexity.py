@@ -221,14 +221,18 @@ def rescoring_kl(
     the figure is the mean KL(decoded || scored) over the predictions of tokens[start:], nats. Not zero, because a
     rounding difference may flip a code.
     """
+    return sum(rescoring_kls(lm, method, calibration, tokens)[start - 1 :]) / (len(tokens) - start)
+
+
+def rescoring_kls(lm: LanguageModel, method: CacheMethod, calibration: Calibration, tokens: list[int]) -> list[float]:
+    """KL(decoded || scored) of each prediction but the last token's; see `rescoring_kl`."""
     model = Layerwise(lm, method, calibration)
     ids = jnp.asarray(tokens, jnp.int32)[None]
     scored = jax.nn.log_softmax(model.logits(model.hidden(ids, read="coded")[0]))
     caches = model.init(1, len(tokens))
-    total = 0.0
+    kls = []
     for position in range(len(tokens) - 1):
         hidden, caches = model.decode(caches, ids[:, position], jnp.full((1,), position, jnp.int32))
-        if position + 1 >= start:
-            stepped = jax.nn.log_softmax(model.logits(hidden)[0])
-            total += float(jnp.sum(jnp.exp(stepped) * (stepped - scored[position])))
-    return total / (len(tokens) - start)
+        stepped = jax.nn.log_softmax(model.logits(hidden)[0])
+        kls.append(float(jnp.sum(jnp.exp(stepped) * (stepped - scored[position]))))
+    return kls
