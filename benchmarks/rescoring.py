@@ -3,8 +3,8 @@
     python benchmarks/rescoring.py --text wikitext2_detok_test.txt [--model NAME] [--tokens 256]
 
 Both read everything that has left the window from codes. The mean KL is not zero: codes are discrete, and a rounding
-difference may flip one (or the last bit of a 16-bit scale), after which the two runs go apart as two codings of one text
-do. `equal_tokens` is how many tokens they go together (KL below 1e-5 nats), before the first flip.
+difference may flip one (or the last bit of a 16-bit scale), after which the two runs go apart as two codings of one
+text do. `equal_tokens` is how many tokens they go together (KL below 1e-5 nats), before the first flip.
 """
 
 import argparse
