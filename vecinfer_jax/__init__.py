@@ -5,8 +5,9 @@ lm = vj.load("smollm2-135m-instruct")
 out = vj.generate(lm, ["Once upon a time"], method=vj.VecInfer(bits=2), max_new_tokens=64)
 """
 
+from vecinfer_jax import caches
 from vecinfer_jax import evaluation as evaluate
-from vecinfer_jax.caches import KIVI, FullPrecision, HadamardInt, PerLayer, PlainVQ, VecInfer
+from vecinfer_jax.caches import *  # noqa: F403
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.collect import calibrate
 from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
@@ -17,16 +18,11 @@ from vecinfer_jax.models import LanguageModel, load
 __version__ = "0.1.0"
 
 __all__ = [
-    "KIVI",
+    *caches.__all__,
     "Calibration",
-    "FullPrecision",
     "Generation",
-    "HadamardInt",
     "LanguageModel",
-    "PerLayer",
-    "PlainVQ",
     "Sampling",
-    "VecInfer",
     "VecInferError",
     "calibrate",
     "evaluate",

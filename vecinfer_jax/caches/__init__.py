@@ -1,5 +1,5 @@
-"""Cache methods: one file a method; `base.py` is the protocol. A method is added to `METHODS`
-(and, for `vj.Name`, to the package's names)."""
+"""Cache methods: one file a method; `base.py` is the protocol. A method is added to this
+file and no other: `METHODS` names it on the command line, `__all__` makes it `vj.Name`."""
 
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape, MeshAxes, allocated_bytes
 from vecinfer_jax.caches.full_precision import FullPrecision
