@@ -22,7 +22,7 @@ import results
 import vecinfer_jax as vj
 from vecinfer_jax import specs
 from vecinfer_jax.caches import METHODS
-from vecinfer_jax.calibration.collect import SAMPLES
+from vecinfer_jax.calibration.collect import PASSAGES, SAMPLES
 from vecinfer_jax.cli import read_documents
 from vecinfer_jax.evaluation.report import grouped, read_rows
 from vecinfer_jax.evaluation.table import IDENTITY, TASKS, Row, Table, rows_of
@@ -105,7 +105,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path)
     parser.add_argument("--output", type=Path, help="working directory of the table")
     parser.add_argument("--results", type=Path, default=results.ROOT, help="where the JSON files go")
-    parser.add_argument("--passages", type=int, default=64)
+    parser.add_argument("--passages", type=int, default=PASSAGES)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--calibration-text", type=Path, help="default: Wikipedia paragraphs")
     parser.add_argument("--batch", type=int, default=8)

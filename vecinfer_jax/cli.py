@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from vecinfer_jax.calibration.collect import PASSAGE_LENGTH, PASSAGES, SAMPLES
 from vecinfer_jax.errors import InputError, VecInferError
 
 # What typer raises for a misuse of the command line, whether it carries its own click or imports it.
@@ -174,9 +175,9 @@ def calibrate(
     scope: Scope = None,
     dtype: Dtype = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Wikipedia paragraphs, fetched.")] = None,
-    passages: Annotated[int, typer.Option(help="Passages to run the model over.")] = 64,
-    passage_length: Annotated[int, typer.Option(help="Tokens a passage.")] = 512,
-    samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = 8192,
+    passages: Annotated[int, typer.Option(help="Passages to run the model over.")] = PASSAGES,
+    passage_length: Annotated[int, typer.Option(help="Tokens a passage.")] = PASSAGE_LENGTH,
+    samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
     seed: Annotated[int, typer.Option(help="The same seed gives the same artefact.")] = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -362,9 +363,9 @@ def evaluate_table(
     ] = None,
     prefill: Annotated[list[str] | None, typer.Option(help="coded or exact; may be repeated. Default coded.")] = None,
     seed: Annotated[list[int] | None, typer.Option(help="Calibration seeds; may be repeated. Default 0.")] = None,
-    passages: Annotated[int, typer.Option(help="Calibration passages.")] = 64,
-    passage_length: Annotated[int, typer.Option(help="Tokens a calibration passage.")] = 512,
-    samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = 8192,
+    passages: Annotated[int, typer.Option(help="Calibration passages.")] = PASSAGES,
+    passage_length: Annotated[int, typer.Option(help="Tokens a calibration passage.")] = PASSAGE_LENGTH,
+    samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
     calibration_text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to calibrate on; default: Wikipedia paragraphs, fetched.")
     ] = None,

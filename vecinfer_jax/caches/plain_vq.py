@@ -14,11 +14,10 @@ from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import packing, vq_encode
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
-from vecinfer_jax.caches.formats import PAPER_FORMATS, CodeFormat, check_bits
+from vecinfer_jax.caches.formats import CodeFormat
 from vecinfer_jax.caches.rows import read_slots, write_chunk
-from vecinfer_jax.caches.windowed import WindowedMethod
+from vecinfer_jax.caches.vector_quantised import VectorQuantisedMethod
 from vecinfer_jax.calibration.codebooks import codebook_by_position
-from vecinfer_jax.errors import InputError
 
 
 @struct.dataclass
@@ -32,7 +31,7 @@ class PlainVQStore:
 
 
 @dataclasses.dataclass(frozen=True)
-class PlainVQ(WindowedMethod):
+class PlainVQ(VectorQuantisedMethod):
     """Product-quantised cache.
 
     bits:       4, 3, 2, 1.5, 1.25 or 1, with the code formats that VecInfer has for that average.
@@ -40,49 +39,11 @@ class PlainVQ(WindowedMethod):
     residual:   exact recent tokens; sink: exact first tokens.
     """
 
-    bits: float = 2
-    key: str | None = None
-    value: str | None = None
-
     name: ClassVar[str] = "plain-vq"
     needs_calibration: ClassVar[bool] = True
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_bits("PlainVQ", self.bits)
-        _ = self.key_format, self.value_format
-
-    @property
-    def key_format(self) -> CodeFormat:
-        return CodeFormat.parse(self.key or PAPER_FORMATS[self.bits][0])
-
-    @property
-    def value_format(self) -> CodeFormat:
-        return CodeFormat.parse(self.value or PAPER_FORMATS[self.bits][1])
-
-    def validate(self, layer: LayerShape) -> None:
-        self.key_format.check("key", layer.head_dim)
-        self.value_format.check("value", layer.head_dim)
-
-    def bits_per_element(self, layer: LayerShape) -> float:
-        return (self.key_format.bits + self.value_format.bits) / 2
-
-    def calibration_key(self) -> dict[str, Any]:
-        return {"method": self.name, "key": str(self.key_format), "value": str(self.value_format)}
-
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> PlainVQStore:
-        if calibration is None:
-            raise InputError("PlainVQ needs a calibration: vj.calibrate(lm, method), or `vecinfer calibrate`")
-
-        def codes(form: CodeFormat) -> UInt8[Array, "B Hkv S bytes"]:
-            return jnp.zeros((batch, layer.num_kv_heads, slots, form.bytes_per_token(layer.head_dim)), jnp.uint8)
-
-        return PlainVQStore(
-            codes(self.key_format),
-            codes(self.value_format),
-            jnp.asarray(calibration["key_codebook"], layer.dtype),
-            jnp.asarray(calibration["value_codebook"], layer.dtype),
-        )
+        return PlainVQStore(**self.empty_store(layer, batch, slots, calibration))
 
     def append(
         self,

@@ -17,9 +17,9 @@ from jaxtyping import Array, Float, Int, UInt8
 from pallas_kernels import dispatch, hadamard, vq_decode_attention, vq_encode
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
-from vecinfer_jax.caches.formats import PAPER_FORMATS, CodeFormat, check_bits
+from vecinfer_jax.caches.formats import CodeFormat
 from vecinfer_jax.caches.rows import read_slots, write_chunk
-from vecinfer_jax.caches.windowed import WindowedMethod
+from vecinfer_jax.caches.vector_quantised import VectorQuantisedMethod
 from vecinfer_jax.calibration.codebooks import codebook_of, pooled_codebook
 from vecinfer_jax.errors import InputError
 
@@ -44,7 +44,7 @@ class VecInferStore:
 
 
 @dataclasses.dataclass(frozen=True)
-class VecInfer(WindowedMethod):
+class VecInfer(VectorQuantisedMethod):
     """Vector-quantised cache.
 
     bits:       4, 3, 2, 1.5, 1.25 or 1: the paper's formats for that average.
@@ -56,9 +56,6 @@ class VecInfer(WindowedMethod):
         in interpret mode (tests).
     """
 
-    bits: float = 2
-    key: str | None = None
-    value: str | None = None
     transform: str = "smooth-hadamard"
     scope: str = "layer_head"
     implementation: str | None = None
@@ -69,7 +66,6 @@ class VecInfer(WindowedMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_bits("VecInfer", self.bits)
         known = dispatch.TABLE["vq_decode_attention"]
         if self.implementation is not None and self.implementation not in known:
             raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
@@ -77,15 +73,6 @@ class VecInfer(WindowedMethod):
             raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
         if self.scope not in SCOPES:
             raise InputError(f"scope={self.scope!r} is unknown; choose from {', '.join(SCOPES)}")
-        _ = self.key_format, self.value_format
-
-    @property
-    def key_format(self) -> CodeFormat:
-        return CodeFormat.parse(self.key or PAPER_FORMATS[self.bits][0])
-
-    @property
-    def value_format(self) -> CodeFormat:
-        return CodeFormat.parse(self.value or PAPER_FORMATS[self.bits][1])
 
     @property
     def rotates(self) -> bool:
@@ -98,39 +85,19 @@ class VecInfer(WindowedMethod):
         return "smooth" in self.transform
 
     def validate(self, layer: LayerShape) -> None:
-        self.key_format.check("key", layer.head_dim)
-        self.value_format.check("value", layer.head_dim)
+        super().validate(layer)
         if self.rotates and layer.head_dim & (layer.head_dim - 1):
             raise InputError(
                 f"transform={self.transform!r} needs head_dim a power of two, this model has {layer.head_dim}"
             )
 
-    def bits_per_element(self, layer: LayerShape) -> float:
-        return (self.key_format.bits + self.value_format.bits) / 2
-
     def calibration_key(self) -> dict[str, Any]:
-        return {
-            "method": self.name,
-            "key": str(self.key_format),
-            "value": str(self.value_format),
-            "transform": self.transform,
-            "scope": self.scope,
-        }
+        return super().calibration_key() | {"transform": self.transform, "scope": self.scope}
 
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> VecInferStore:
-        if calibration is None:
-            raise InputError("VecInfer needs a calibration: vj.calibrate(lm, method), or `vecinfer calibrate`")
-
-        def codes(form: CodeFormat) -> UInt8[Array, "B Hkv S bytes"]:
-            return jnp.zeros((batch, layer.num_kv_heads, slots, form.bytes_per_token(layer.head_dim)), jnp.uint8)
-
-        return VecInferStore(
-            codes(self.key_format),
-            codes(self.value_format),
-            jnp.asarray(calibration["key_codebook"]).astype(layer.dtype),
-            jnp.asarray(calibration["value_codebook"]).astype(layer.dtype),
-            jnp.asarray(calibration["smooth"], jnp.float32),
-        )
+        empty = self.empty_store(layer, batch, slots, calibration)
+        assert calibration is not None
+        return VecInferStore(**empty, smooth=jnp.asarray(calibration["smooth"], jnp.float32))
 
     # -- transforms (section 3.2); scores are invariant: transform_query(q) . transform_key(k) = q . k
 

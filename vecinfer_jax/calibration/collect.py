@@ -22,7 +22,8 @@ from vecinfer_jax.models.decoder import layer_shape
 from vecinfer_jax.models.layerwise import Layerwise
 
 DEFAULT_TEXT = "hotpotqa-paragraphs"
-SAMPLES = 8192
+# What a calibration is made from unless it is said otherwise.
+PASSAGES, PASSAGE_LENGTH, SAMPLES = 64, 512, 8192
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -41,8 +42,8 @@ def calibrate(
     method: CacheMethod,
     texts: Iterable[str] | None = None,
     *,
-    passages: int = 64,
-    passage_length: int = 512,
+    passages: int = PASSAGES,
+    passage_length: int = PASSAGE_LENGTH,
     samples: int = SAMPLES,
     batch: int = 4,
     seed: int = 0,
@@ -82,8 +83,8 @@ def collect(
     lm: LanguageModel,
     texts: Iterable[str] | None = None,
     *,
-    passages: int = 64,
-    passage_length: int = 512,
+    passages: int = PASSAGES,
+    passage_length: int = PASSAGE_LENGTH,
     samples: int = SAMPLES,
     batch: int = 4,
     seed: int = 0,

@@ -10,12 +10,12 @@ from pathlib import Path
 from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
-from vecinfer_jax.calibration.collect import SAMPLES, calibrate
+from vecinfer_jax.calibration.collect import PASSAGE_LENGTH, PASSAGES, SAMPLES, calibrate
 from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
 
 # What artefacts of different seeds have in common that can be compared.
-SEEDED = {"seed": 0, "passages": 64, "passage_length": 512, "samples": SAMPLES}
+SEEDED = {"seed": 0, "passages": PASSAGES, "passage_length": PASSAGE_LENGTH, "samples": SAMPLES}
 
 
 def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMethod | None = None) -> Calibration:

@@ -12,12 +12,18 @@ from typing import Any
 
 import numpy as np
 
+from vecinfer_jax.calibration.collect import DEFAULT_TEXT, PASSAGE_LENGTH, PASSAGES, SAMPLES
 from vecinfer_jax.errors import InputError
 
 Content = dict[str, Any]
 
 # Not worth a word in a table: the defaults of `calibrate`.
-USUAL_CALIBRATION = {"passages": 64, "passage_length": 512, "samples": 8192, "text": "hotpotqa-paragraphs"}
+USUAL_CALIBRATION = {
+    "passages": PASSAGES,
+    "passage_length": PASSAGE_LENGTH,
+    "samples": SAMPLES,
+    "text": DEFAULT_TEXT,
+}
 
 
 def read_rows(directory: str | Path) -> list[Content]:

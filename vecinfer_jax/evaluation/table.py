@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, versions
-from vecinfer_jax.calibration.collect import DEFAULT_TEXT, SAMPLES, Activations, collect, fit
+from vecinfer_jax.calibration.collect import DEFAULT_TEXT, PASSAGE_LENGTH, PASSAGES, SAMPLES, Activations, collect, fit
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.evaluation.answers import answer
@@ -93,8 +93,8 @@ class Table:
         lm: LanguageModel,
         directory: str | Path,
         *,
-        passages: int = 64,
-        passage_length: int = 512,
+        passages: int = PASSAGES,
+        passage_length: int = PASSAGE_LENGTH,
         samples: int = SAMPLES,
         texts: Sequence[str] | None = None,
         batch: int = 8,

@@ -9,7 +9,6 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,19 +116,6 @@ class Layerwise:
         return x, out
 
 
-class _Layer(nn.Module):
-    """One decoder layer under its own name, so that its parameters are a subtree of the model's."""
-
-    config: ModelConfig
-    dtype: Any
-
-    def setup(self) -> None:
-        self.layer = DecoderLayer(self.config, self.dtype)
-
-    def __call__(self, *args: Any) -> Any:
-        return self.layer(*args)
-
-
 def _run_layer(
     config: ModelConfig,
     method: CacheMethod,
@@ -148,8 +134,7 @@ def _run_layer(
     sin: jax.Array,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
     chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype), first=first, read=read)
-    module = _Layer(config, dtype)
-    out: Any = module.apply({"params": {"layer": params}}, x, chunk, cache, method, decode, previous)
+    out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, cache, method, decode, previous)
     x, normed, cache = out
     return x, normed, cache if keep else None
 
