@@ -6,6 +6,10 @@ Every row runs on random data and random codes, and first checks (part of) its r
 definition, written here, in float32 with HIGHEST-precision products. A time is the median over repeats of a
 device-side loop whose steps depend on each other, divided by its steps; peers run in the same process. `bytes`
 is what the operation must move at least once; `ratio` is the peer's time over ours, above 1 where we are faster.
+
+Decode attention, ours and cuDNN's, is timed on the device (CUPTI): the sum of the kernels that one call starts, the
+merge of its splits included, median of several; `loop_us` is the same call in a loop as above, where it stands beside.
+`percent_of_bandwidth` is bytes / us against what a sum over a large array reads in the same run.
 """
 
 import argparse
@@ -21,6 +25,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
 
@@ -28,13 +33,22 @@ HEADS, DIM = 8, 128  # KV heads and head dimension of the encode rows (Llama-3.1
 QUERY_HEADS, FEED_FORWARD = 32, 14336
 ENCODE = ("d4b8", "d2b8", "d8b8", "d4b10", "d4b12", "d8b12")
 PROMPT = 32768
-# batch, tokens, query heads, KV heads, head dimension, formats of keys and values
+EIGHT_B = (32, 8, 128)  # query heads, KV heads, head dimension
+EVERY = [(f, f) for f in ("d4b8", "d2b8", "d8b8", "d4b10", "d4b12", "d8b12")] + [("d4b10", "d8b12")]
+SAME = [("d4b8", "d4b8")]
+# batch, tokens, (query heads, KV heads, head dimension), formats of keys and values
 DECODE = [
-    (16, 32768, 32, 8, 128, [("d4b8", "d4b8"), ("d2b8", "d2b8"), ("d8b8", "d8b8"), ("d4b10", "d8b12")]),
-    (1, 196608, 32, 8, 128, [("d4b8", "d4b8")]),
-    (64, 4096, 32, 8, 128, [("d4b8", "d4b8")]),
-    (16, 32768, 9, 3, 64, [("d4b8", "d4b8")]),
+    (16, 32768, EIGHT_B, EVERY),
+    (1, 196608, EIGHT_B, SAME),
+    (64, 4096, EIGHT_B, SAME),
+    (1, 16384, EIGHT_B, SAME),
+    (16, 16384, (32, 8, 64), EVERY),
+    *((16, 16384, (8 * group, 8, 128), SAME) for group in (1, 3, 6, 7, 8, 16)),
+    (16, 16384, (9, 3, 64), SAME),
+    (16, 16384, (14, 2, 64), SAME),
 ]
+# The Triton kernel and the loop stand beside these.
+BESIDE = DECODE[:3]
 exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -266,23 +280,46 @@ def exact_attention(q, codes, codebooks, scale: float) -> tuple[jax.Array, jax.A
     return exact("gs,sd->gd", jax.nn.softmax(scores), values), jax.nn.logsumexp(scores, axis=-1)
 
 
+def device_microseconds(call: Callable, *arrays, repeats: int = 9) -> float:
+    """What a call's kernels take on the device together, median over `repeats`."""
+    call = jax.jit(call)
+    jax.block_until_ready(call(*arrays))
+    timed = profiler.measure(call, aggregate=False)
+    return statistics.median(1e3 * sum(ms for _, ms in timed(*arrays)[1]) for _ in range(repeats))
+
+
+def read_bandwidth() -> float:
+    """GB/s of a sum over a large array."""
+    x = jnp.ones((2**30,), jnp.float32)
+    return x.nbytes / device_microseconds(jnp.sum, x) / 1e3
+
+
+def cudnn(q, keys, values):
+    out = jax.nn.dot_product_attention(q[:, None], keys, values, scale=q.shape[-1] ** -0.5, implementation="cudnn")
+    return out[:, 0]
+
+
+def ours(q, *arrays, which=None):
+    return vq_decode_attention(q, *arrays, scale=q.shape[-1] ** -0.5, implementation=which)[0]
+
+
+def in_loop(call: Callable, q, *arrays, **options) -> float:
+    return microseconds(lambda q, *a: (q + 1e-3 * call(q, *a)).astype(q.dtype), q, *arrays, **options)
+
+
 def time_decode() -> Iterator[dict]:
-    for batch, tokens, query_heads, heads, dim, formats in DECODE:
+    bandwidth = read_bandwidth()
+    yield {"name": "read bandwidth: sum of 4 GiB", "gb_per_s": round(bandwidth, 1)}
+    for shape in DECODE:
+        batch, tokens, (query_heads, heads, dim), formats = shape
         k = jax.random.split(jax.random.key(0), 7)
         scale, group = dim**-0.5, query_heads // heads
         lengths = jnp.full((batch,), tokens, jnp.int32)
         q = jax.random.normal(k[0], (batch, query_heads, dim), jnp.bfloat16)
-
-        def cudnn(q, keys, values, scale=scale):
-            out = jax.nn.dot_product_attention(q[:, None], keys, values, scale=scale, implementation="cudnn")
-            return (q + 1e-3 * out[:, 0]).astype(q.dtype)
-
-        def step(q, *arrays, which, scale=scale):
-            out, _ = vq_decode_attention(q, *arrays, scale=scale, implementation=which)
-            return (q + 1e-3 * out).astype(q.dtype)
-
-        shape = (batch, tokens, heads, dim)
-        peer = microseconds(cudnn, q, *(jax.random.normal(key, shape, jnp.bfloat16) for key in k[1:3]))
+        exact_cache = [jax.random.normal(key, (batch, tokens, heads, dim), jnp.bfloat16) for key in k[1:3]]
+        peer = device_microseconds(cudnn, q, *exact_cache)
+        peer_loop = in_loop(cudnn, q, *exact_cache) if shape in BESIDE else None
+        del exact_cache
         for forms in formats:
             codes, books = [], []
             for i, form in enumerate(forms):
@@ -295,39 +332,56 @@ def time_decode() -> Iterator[dict]:
                 f"B{batch} S{tokens} {query_heads}/{heads} heads D{dim}"
             )
             arrays = (*codes, *books, lengths)
-            got = vq_decode_attention(q, *arrays, scale=scale, implementation="triton")
+            more: dict = {"max_error": 0.0}
             last = slice(query_heads - group, query_heads)  # the last row's last KV head
             want = exact_attention(q[-1, last], [c[-1, -1] for c in codes], [b[-1] for b in books], scale)
-            error = check(name, jnp.max(jnp.abs(got[0][-1, last] - want[0])), 2e-3)
-            check(name, jnp.max(jnp.abs(got[1][-1, last] - want[1])), 1e-4)
-
-            ours = microseconds(functools.partial(step, which="triton"), q, *arrays)
-            more: dict = {"max_error": error}
-            if forms == ("d4b8", "d4b8"):
-                xla = microseconds(functools.partial(step, which="xla"), q, *arrays, steps=1, repeats=3)
-                more["xla_us"] = round(xla, 2)
+            times = {}
+            for which in ("mosaic_gpu", "triton") if shape in BESIDE else ("mosaic_gpu",):
+                got = vq_decode_attention(q, *arrays, scale=scale, implementation=which)
+                error = check(name, jnp.max(jnp.abs(got[0][-1, last] - want[0])), 2e-3)
+                check(name, jnp.max(jnp.abs(got[1][-1, last] - want[1])), 1e-4)
+                more["max_error"] = max(more["max_error"], error)
+                times[which] = device_microseconds(functools.partial(ours, which=which), q, *arrays)
+            if shape in BESIDE:
+                call = functools.partial(ours, which="mosaic_gpu")
+                more |= {"loop_us": round(in_loop(call, q, *arrays), 2), "peer_loop_us": round(peer_loop, 2)}
+                more["triton_us"] = round(times["triton"], 2)
             moved = sum(array.nbytes for array in codes)
-            yield row(name, ours, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
+            us = times["mosaic_gpu"]
+            more["percent_of_bandwidth"] = round(100 * moved / us / 1e3 / bandwidth, 1)
+            yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
+
+
+PARTS = {"hadamard": time_hadamard, "decode": time_decode, "encode": time_encode}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="the JSON to write")
+    parser.add_argument("--only", choices=PARTS, help="time one part; the other rows stay as the JSON has them")
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit(f"this benchmark needs a GPU; JAX runs on {jax.default_backend()} here")
-    result: dict = {
-        "device": jax.devices()[0].device_kind,
-        "jax": jax.__version__,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "rows": [],
-    }
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    for part in (time_hadamard, time_decode, time_encode):
-        for line in part():
+    held = json.loads(arguments.output.read_text())["rows"] if arguments.only else []
+    done: list[dict] = []
+    for part in [arguments.only] if arguments.only else PARTS:
+        for line in PARTS[part]():
             print(json.dumps(line), flush=True)
-            result["rows"].append(line)
+            done.append(line)
+            kept = [old for old in held if part_of(old) != arguments.only]
+            result = {
+                "device": jax.devices()[0].device_kind,
+                "jax": jax.__version__,
+                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+                "rows": kept + done,
+            }
+            arguments.output.parent.mkdir(parents=True, exist_ok=True)
             arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def part_of(line: dict) -> str:
+    """Which part a row is of."""
+    return {"hadamard": "hadamard", "vq_encode": "encode"}.get(line["name"].split()[0], "decode")
 
 
 if __name__ == "__main__":

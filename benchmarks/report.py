@@ -158,11 +158,11 @@ def ablation(setting: str, **others: Any) -> Callable[[], str]:
     return make
 
 
-def answers(task: str, model: str = SMOLLM2) -> Callable[[], str]:
+def answers(task: str, model: str = SMOLLM2, **settings: Any) -> Callable[[], str]:
     """A task's table, and by its parts where it has some."""
 
     def make() -> str:
-        rows = paper_and_baselines(model, task)
+        rows = paper_and_baselines(model, task, **settings)
         text = task_table(rows)
         parts = rows[0]["result"]["answers"][0]["labels"]
         return text + "\n\n" + label_table(rows, "task") if "task" in parts else text
@@ -211,7 +211,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scopes": ablation("scope", transform="smooth-hadamard"),
     "long": lambda: task_table(paper_and_baselines(SMOLLM2, "perplexity", length=8192)),
     "needle": answers("needle"),
-    "ruler": answers("ruler"),
+    "ruler": answers("ruler", samples=5),
     "gsm8k": answers("gsm8k", QWEN),
     "memory": memory,
     "steps": steps,

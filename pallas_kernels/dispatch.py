@@ -4,6 +4,7 @@ The table below is the only place that knows the implementations. Their modules 
 called, so that a machine without a GPU never imports the Triton lowering of Pallas (deprecated in JAX 0.11).
 """
 
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -17,10 +18,16 @@ TABLE = {
         "xla": "pallas_kernels.hadamard.reference",
     },
     "vq_encode": {
+        "mosaic_gpu": "pallas_kernels.vq_encode.mosaic_gpu",
         "triton": "pallas_kernels.vq_encode.triton",
         "xla": "pallas_kernels.vq_encode.reference",
     },
+    "vq_append": {
+        "mosaic_gpu": "pallas_kernels.vq_append.mosaic_gpu",
+        "xla": "pallas_kernels.vq_append.reference",
+    },
     "vq_decode_attention": {
+        "mosaic_gpu": "pallas_kernels.vq_decode_attention.mosaic_gpu",
         "triton": "pallas_kernels.vq_decode_attention.triton",
         "xla": "pallas_kernels.vq_decode_attention.reference",
     },
@@ -29,6 +36,10 @@ TABLE = {
 # Fastest first; an implementation that raises NotImplementedError lets the next one try.
 PREFERENCE = {"gpu": ("mosaic_gpu", "triton", "xla")}
 KERNELS_IN_INTERPRET_MODE = ("triton", "xla")
+# Compute capability from which Mosaic GPU works: Hopper.
+_MOSAIC_GPU_FROM = 9.0
+# Of an H100, where the device does not say.
+_MULTIPROCESSORS = 132
 
 
 def candidates(operation: str, implementation: str | None, interpret: bool) -> tuple[str, ...]:
@@ -39,15 +50,43 @@ def candidates(operation: str, implementation: str | None, interpret: bool) -> t
             raise ValueError(f"{operation}: no implementation {implementation!r}; choose from {sorted(known)} or None")
         return (implementation,)
     order = KERNELS_IN_INTERPRET_MODE if interpret else PREFERENCE.get(jax.default_backend(), ("xla",))
-    return tuple(name for name in order if name in known)
+    return tuple(name for name in order if name in known and (name != "mosaic_gpu" or _has_mosaic_gpu()))
 
 
-def call(operation: str, implementation: str | None, interpret: bool, *args: Any, **kwargs: Any) -> Any:
-    """Run `operation` with the first candidate that supports the arguments.
+def named(operation: str, implementation: str | None) -> str | None:
+    """For callers that name one implementation for several operations: what to ask this one for.
+
+    Where it has no Mosaic GPU kernel, the best there is; where no Triton kernel, plain JAX (around Triton kernels).
+    """
+    if implementation is None or implementation in TABLE[operation]:
+        return implementation
+    return None if implementation == "mosaic_gpu" else "xla"
+
+
+@functools.cache
+def multiprocessors() -> int:
+    """Of the default device, for choosing how many programs to start."""
+    return getattr(jax.devices()[0], "core_count", None) or _MULTIPROCESSORS
+
+
+@functools.cache
+def _has_mosaic_gpu() -> bool:
+    return float(getattr(jax.devices()[0], "compute_capability", None) or 0) >= _MOSAIC_GPU_FROM
+
+
+def call(
+    operation: str,
+    implementation: str | None,
+    interpret: bool,
+    *args: Any,
+    without: tuple[str, ...] = (),
+    **kwargs: Any,
+) -> Any:
+    """Run `operation` with the first candidate, of those not in `without`, that supports the arguments.
 
     Raises NotImplementedError, in one line, if a named implementation does not support them.
     """
-    names = candidates(operation, implementation, interpret)
+    names = tuple(name for name in candidates(operation, implementation, interpret) if name not in without)
     for name in names[:-1]:
         try:
             return _load(operation, name)(*args, interpret=interpret, **kwargs)

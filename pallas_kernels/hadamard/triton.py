@@ -21,6 +21,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float
 
+from pallas_kernels import dispatch
+
 _BLOCK = 128  # columns of one tensor-core product
 _SMALLEST, _LARGEST = 16, 1024
 
@@ -58,7 +60,8 @@ def hadamard(x: Float[Array, "*rows D"], *, interpret: bool = False) -> Float[Ar
 def choose_config(rows: int, size: int) -> Config:
     """About 8k elements a tile keeps the float32 sums in registers."""
     tile = max(16, min(128, 8192 // size))
-    return Config(rows=tile, programs=min(pl.cdiv(rows, tile), 132 * 4), num_warps=4, num_stages=2)
+    programs = min(pl.cdiv(rows, tile), 4 * dispatch.multiprocessors())
+    return Config(rows=tile, programs=programs, num_warps=4, num_stages=2)
 
 
 def signs(first: Array, second: Array) -> Array:

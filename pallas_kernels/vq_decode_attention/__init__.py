@@ -1,9 +1,12 @@
 """One decoding step of attention over coded keys and values (VecInfer, section 3.3: arXiv 2510.06175)."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels import dispatch, packing
+from pallas_kernels.vq_decode_attention.exact import ExactTokens
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -17,6 +20,8 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    exact: Sequence[ExactTokens] = (),
+    exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
     implementation: str | None = None,
     interpret: bool = False,
@@ -33,24 +38,27 @@ def vq_decode_attention(
         key_codebook, value_codebook: a codebook for every KV head, or one for all (first axis 1).
         lengths: tokens that count in each row, 0 to S.
         scale: factor on the scores, usually 1/sqrt(D).
+        exact: further tokens, attended to as they are in the same softmax (a residual window, sinks).
+        exact_q: the queries for those, in the basis of their keys.
         num_splits: programs that share a row; None lets the kernel choose. Affects speed and rounding only.
-        implementation: "triton", "xla", or None for the best on the default device.
+        implementation: "mosaic_gpu", "triton", "xla", or None for the best on the default device.
         interpret: run the Pallas kernel in interpret mode (on a CPU, for tests).
 
     Returns:
         The normalised output and the natural-log log-sum-exp of the scaled scores, both float32 whatever
         q.dtype is, because `split_k.merge` joins them with the residual window before anything is rounded.
-        Where lengths[b] is 0 they are 0 and `split_k.EMPTY`.
+        Where no token counts they are 0 and `split_k.EMPTY`.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
         NotImplementedError: the named implementation does not serve this format.
     """
     _check(q, key_codes, value_codes, key_codebook, value_codebook, lengths, num_splits)
+    _check_exact(q, key_codes, exact, exact_q)
     return dispatch.call(
         "vq_decode_attention", implementation, interpret,
         q, key_codes, value_codes, key_codebook, value_codebook, lengths,
-        scale=float(scale), num_splits=num_splits,
+        scale=float(scale), exact=tuple(exact), exact_q=exact_q, num_splits=num_splits,
     )  # fmt: skip
 
 
@@ -76,6 +84,20 @@ def _check(q, key_codes, value_codes, key_codebook, value_codebook, lengths, num
         )
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"vq_decode_attention: num_splits must be at least 1 or None, got {num_splits}")
+
+
+def _check_exact(q, key_codes, exact, exact_q) -> None:
+    batch, heads = key_codes.shape[:2]
+    if exact and (exact_q is None or exact_q.shape != q.shape):
+        raise ValueError(f"vq_decode_attention: exact tokens need exact_q of shape {q.shape}")
+    for tokens in exact:
+        window = tokens.keys.shape[2:3]
+        want = (batch, heads, *window, q.shape[2])
+        if tokens.keys.shape != want or tokens.values.shape != want or tokens.valid.shape != (batch, *window):
+            raise ValueError(
+                f"vq_decode_attention: exact keys and values must be [{batch}, {heads}, W, {q.shape[2]}] and valid "
+                f"[{batch}, W], got {tokens.keys.shape}, {tokens.values.shape} and {tokens.valid.shape}"
+            )
 
 
 def _check_codes(name: str, codes, codebook, dim: int) -> None:

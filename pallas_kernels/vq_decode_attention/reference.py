@@ -1,11 +1,14 @@
 """Attention over coded keys and values in plain JAX: the meaning of `vq_decode_attention`, a chunk at a
 time."""
 
+from collections.abc import Sequence
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import packing, split_k
+from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact
 
 # Elements of a dequantised chunk of keys, [B, Hkv, chunk, D] float32.
 _CHUNK_ELEMENTS = 2**22
@@ -20,6 +23,8 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    exact: Sequence[ExactTokens] = (),
+    exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -51,7 +56,8 @@ def vq_decode_attention(
 
         chunks = (jnp.max(lengths, initial=0) + chunk - 1) // chunk
         output, lse = lax.fori_loop(0, chunks, step, (output, lse))
-    return output.reshape(batch, query_heads, dim), lse.reshape(batch, query_heads)
+    output, lse = output.reshape(batch, query_heads, dim), lse.reshape(batch, query_heads)
+    return merge_exact(output, lse, exact_q, exact, scale)
 
 
 def _rows(codes: Array, start: Array, chunk: int) -> Array:

@@ -19,6 +19,7 @@ benchmarks/kernels.py times the kernel beside cuDNN's attention over a bfloat16 
 import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -27,13 +28,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels import split_k
+from pallas_kernels import dispatch, split_k
+from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact
 
 _HEAD_DIMS = (32, 64, 128, 256)
 _SUB_VECTORS = (2, 4, 8)
 _MOST_HEADS = 16
-# Multiprocessors of an H100; other devices of its class are close enough for a split count.
-_MULTIPROCESSORS = 132
 _LOG2_E = math.log2(math.e)
 
 
@@ -57,6 +57,8 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    exact: Sequence[ExactTokens] = (),
+    exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
@@ -67,7 +69,8 @@ def vq_decode_attention(
     _check_supported(dim, group, key_codes, key_codebook)
     _check_supported(dim, group, value_codes, value_codebook)
     if rows * group * tokens == 0:
-        return jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
+        nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
+        return merge_exact(*nothing, exact_q, exact, scale)
 
     config = choose_config(rows, tokens, dim, group, q.dtype, num_splits)
     output, lse = pl.pallas_call(
@@ -89,14 +92,14 @@ def vq_decode_attention(
         lengths,
     )
     output, lse = split_k.merge(output, lse)
-    return output.reshape(q.shape), lse.reshape(batch, query_heads)
+    return merge_exact(output.reshape(q.shape), lse.reshape(batch, query_heads), exact_q, exact, scale)
 
 
 def choose_config(rows: int, tokens: int, dim: int, group: int, dtype, num_splits: int | None) -> Config:
     """Tiles of 8,192 elements fill a warp's registers; float32 products, off the tensor cores, need more."""
     half = jnp.dtype(dtype).itemsize == 2
     tile = min(8192 // dim if half else 2048 // dim, max(16, pl.next_power_of_2(tokens)))
-    wanted = split_k.num_splits(rows=rows, tokens=tokens, tile=tile, programs=16 * _MULTIPROCESSORS)
+    wanted = split_k.num_splits(rows=rows, tokens=tokens, tile=tile, programs=16 * dispatch.multiprocessors())
     heads, splits = 8 if group <= 8 else 16, num_splits or wanted
     return Config(tokens=tile, heads=heads, splits=splits, num_warps=1 if half else 4, num_stages=1)
 

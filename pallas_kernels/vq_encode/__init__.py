@@ -39,7 +39,7 @@ def vq_encode(
         rope: cosines and sines of each position, half = D/2.
         mean, scale, matrix: the transform of each head; None leaves the step out.
         hadamard: apply the Walsh-Hadamard transform in the matrix's place.
-        implementation: "triton", "xla", or None for the best on the default device.
+        implementation: "mosaic_gpu" (for few tokens), "triton", "xla", or None for the best on the default device.
         interpret: run the Pallas kernel in interpret mode (on a CPU, for tests).
 
     Raises:
@@ -47,14 +47,15 @@ def vq_encode(
         NotImplementedError: the named implementation does not serve this format.
     """
     _check(x, codebook, rope, mean, scale, matrix, hadamard)
+    without: tuple[str, ...] = ()
     if implementation is None and not interpret and x.shape[1] == 1:
-        # A decoded token: a kernel's program would wait for itself at every step, one fusion is faster.
+        # A decoded token: a program of the Triton kernel would wait for itself at every step, one fusion is faster.
         batch, _, heads, dim = x.shape
         if reference.is_direct(batch, heads, dim, codebook.shape):
-            implementation = "xla"
+            without = ("triton",)
     return dispatch.call(
         "vq_encode", implementation, interpret, x, codebook,
-        rope=rope, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
+        rope=rope, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard, without=without,
     )  # fmt: skip
 
 

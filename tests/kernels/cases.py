@@ -13,6 +13,8 @@ EVERYWHERE = [
     {"implementation": "triton", "interpret": True},
 ]
 NAMES = ["xla", "triton-interpret"]
+# Of operations with one: a Mosaic GPU kernel, on a CPU in tests/kernels/lane_simulator.py.
+MOSAIC_GPU = {"implementation": "mosaic_gpu"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +37,11 @@ class Decode:
         formats = key if key == value else f"{key}-{value}"
         ends = ".".join(map(str, self.lengths))
         return f"D{self.dim}-G{self.group}-{formats}-{self.dtype}-{ends}of{self.tokens}"
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the Mosaic GPU kernel serves it."""
+        return self.dtype != "float32" and {self.key[1], self.value[1]} <= {8, 10, 12}
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         rng = np.random.default_rng(seed)
@@ -63,6 +70,7 @@ DECODE = [
     Decode(dim=64, group=4, key=(8, 12), value=(4, 10), dtype="float32", lengths=(33, 50), tokens=50, shared=True),
     Decode(dim=64, group=2, key=(2, 4), value=(8, 9), dtype="float32", lengths=(20,), tokens=20),
     Decode(dim=64, group=2, dtype="float16", lengths=(0, 20), tokens=20, shared=True),
+    Decode(dim=128, group=12, key=(4, 12), value=(4, 10), lengths=(3, 40), tokens=40),
 ]
 
 # On a device: the tiles' edges again, compiled, and long rows.
@@ -72,10 +80,12 @@ DECODE_ON_DEVICE = [
         Decode(dim=dim, group=group, key=key, value=value, dtype=dtype, lengths=(0, 1, 1000, 2048), tokens=2048)
         for dim in (64, 128)
         for group, dtype in ((1, "bfloat16"), (4, "bfloat16"), (16, "bfloat16"), (5, "float32"))
-        for key, value in (((2, 8), (2, 8)), ((4, 8), (8, 8)), ((4, 10), (8, 12)))
+        for key, value in (((2, 8), (2, 8)), ((4, 8), (8, 8)), ((4, 10), (8, 12)), ((8, 12), (4, 12)))
     ),
     Decode(dim=128, lengths=(131072, 100001), tokens=131072, kv_heads=1),
     Decode(dim=64, group=3, lengths=(131071, 5), tokens=131072, kv_heads=1),
+    Decode(dim=128, lengths=(31, 32, 33, 4095, 4096, 4097), tokens=5000),
+    Decode(dim=128, group=2, lengths=tuple(range(80)), tokens=80),
 ]
 
 
@@ -97,6 +107,11 @@ class Encode:
     def __str__(self) -> str:
         steps = "-".join(step for step in ("rope" if self.rope else "", self.transform) if step) or "plain"
         return f"D{self.dim}-d{self.format[0]}b{self.format[1]}-{self.dtype}-{steps}"
+
+    @property
+    def few(self) -> bool:
+        """Whether the Mosaic GPU kernel for few tokens serves it."""
+        return not self.rope and self.format[1] > 7 and self.batch * self.tokens <= 512
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         rng = np.random.default_rng(seed)
@@ -133,6 +148,8 @@ ENCODE = [
     Encode(dim=64, format=(4, 10), rope=True, transform="matrix", tokens=5),
     Encode(dim=64, format=(8, 12), batch=1, tokens=5),
     Encode(dim=64, format=(2, 4), dtype="float16", tokens=1),
+    Encode(dim=256, format=(8, 8), transform="hadamard", tokens=1, batch=1),
+    Encode(dim=128, format=(4, 12), transform="hadamard", tokens=1, shared=True),
 ]
 
 ENCODE_ON_DEVICE = [

@@ -109,3 +109,28 @@ def decode_attention(q, key_codes, value_codes, key_codebook, value_codebook, le
             output[b, heads] = weights / total @ values
             lse[b, heads] = (top + np.log(total))[:, 0]
     return output, lse
+
+
+def attention(q, keys, values, valid, scale):
+    """Softmax over the valid ones of keys and values [B, Hkv, W, D]; output and log-sum-exp."""
+    batch, query_heads, _ = q.shape
+    group = query_heads // keys.shape[1]
+    output, lse = np.zeros(q.shape), np.full((batch, query_heads), EMPTY)
+    for b in range(batch):
+        for h in range(query_heads if valid[b].any() else 0):
+            k, v = (float64(x)[b, h // group, valid[b]] for x in (keys, values))
+            scores = scale * float64(q)[b, h] @ k.T
+            weights = np.exp(scores - scores.max())
+            output[b, h] = weights / weights.sum() @ v
+            lse[b, h] = scores.max() + np.log(weights.sum())
+    return output, lse
+
+
+def merge(outputs, lses):
+    """Attention over the union of disjoint sets of tokens."""
+    outputs, lses = np.stack(outputs), np.stack(lses)
+    top = lses.max(0)
+    weights = np.where(lses > EMPTY / 2, np.exp(lses - top), 0.0)
+    total = weights.sum(0)
+    safe = np.where(total > 0, total, 1.0)
+    return (weights[..., None] * outputs).sum(0) / safe[..., None], np.where(total > 0, top + np.log(safe), EMPTY)

@@ -18,7 +18,8 @@ def lower_for_cuda(function, *arguments):
     """Lower as on a GPU machine; interpret mode accepts what this refuses."""
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         text = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
-    assert "xla.gpu.triton" in text
+    assert "xla.gpu.triton" in text or "mosaic_gpu" in text
+    return text
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -27,24 +28,33 @@ def test_hadamard_lowers_for_cuda(shape, dtype):
     lower_for_cuda(lambda x: hadamard(x, implementation="triton"), jax.ShapeDtypeStruct(shape, dtype))
 
 
-@pytest.mark.parametrize("case", cases.ENCODE_ON_DEVICE, ids=str)
-def test_vq_encode_lowers_for_cuda(case):
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, "triton") for c in cases.ENCODE_ON_DEVICE] + [(c, "mosaic_gpu") for c in cases.ENCODE_ON_DEVICE if c.few],
+    ids=str,
+)
+def test_vq_encode_lowers_for_cuda(case, implementation):
     arrays, options = case.arguments()
     dense = options.pop("hadamard", False)
-    encode = lambda arrays, options: vq_encode(*arrays, **options, hadamard=dense, implementation="triton")  # noqa: E731
+    encode = lambda arrays, options: vq_encode(*arrays, **options, hadamard=dense, implementation=implementation)  # noqa: E731
     lower_for_cuda(encode, arrays, options)
 
 
-@pytest.mark.parametrize("case", cases.DECODE_ON_DEVICE, ids=str)
-def test_vq_decode_attention_lowers_for_cuda(case):
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, "triton") for c in cases.DECODE_ON_DEVICE] + [(c, "mosaic_gpu") for c in cases.DECODE_ON_DEVICE if c.hopper],
+    ids=str,
+)
+def test_vq_decode_attention_lowers_for_cuda(case, implementation):
     arrays, options = case.arguments()
-    lower_for_cuda(lambda *a: vq_decode_attention(*a, **options, implementation="triton"), *arrays)
+    lower_for_cuda(lambda *a: vq_decode_attention(*a, **options, implementation=implementation), *arrays)
 
 
 def test_kernels_lower_for_cuda_under_vmap():
     (q, keys, values, *rest), options = cases.Decode(lengths=(3, 20), tokens=20).arguments()
-    step = lambda *a: vq_decode_attention(*a, *rest, **options, implementation="triton")  # noqa: E731
-    lower_for_cuda(jax.vmap(step), *(jnp.stack([a, a]) for a in (q, keys, values)))
+    for name in ("triton", "mosaic_gpu"):
+        step = lambda *a, name=name: vq_decode_attention(*a, *rest, **options, implementation=name)  # noqa: E731
+        lower_for_cuda(jax.vmap(step), *(jnp.stack([a, a]) for a in (q, keys, values)))
 
 
 @pytest.mark.parametrize("platform", ["cpu", "tpu", "cuda"])
@@ -85,6 +95,17 @@ def test_gpus_try_the_kernels_first_and_other_devices_only_the_reference(monkeyp
     for backend, expected in (("gpu", ("triton", "xla")), ("cpu", ("xla",)), ("tpu", ("xla",))):
         monkeypatch.setattr(jax, "default_backend", lambda backend=backend: backend)
         assert dispatch.candidates("hadamard", None, interpret=False) == expected
+
+
+def test_mosaic_gpu_is_for_hopper_and_later(monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    for has in (True, False):
+        monkeypatch.setattr(dispatch, "_has_mosaic_gpu", lambda has=has: has)
+        names = dispatch.candidates("vq_decode_attention", None, interpret=False)
+        assert names == (("mosaic_gpu",) if has else ()) + ("triton", "xla")
+    assert dispatch.named("hadamard", "mosaic_gpu") is dispatch.named("hadamard", None) is None
+    assert dispatch.named("vq_append", "triton") == "xla"
+    assert dispatch.named("vq_decode_attention", "mosaic_gpu") == "mosaic_gpu"
 
 
 def test_a_machine_without_a_gpu_never_imports_the_triton_lowering():

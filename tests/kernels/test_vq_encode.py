@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, packing, vq_encode
-from pallas_kernels.vq_encode import reference
-from tests.kernels import cases, oracle
+from pallas_kernels.vq_encode import mosaic_gpu, reference
+from tests.kernels import cases, lane_simulator, oracle
 
 both = pytest.mark.parametrize("how", cases.EVERYWHERE, ids=cases.NAMES)
 
@@ -40,6 +40,24 @@ def excess(codes: np.ndarray, x, codebook, options: dict) -> np.ndarray:
     return (chosen - least - rounding) / np.maximum(least, 1e-30) - 1e-5
 
 
+@pytest.mark.parametrize("case", [case for case in cases.ENCODE if case.few], ids=str)
+def test_the_kernel_for_few_tokens_chooses_the_nearest_centroid(case, monkeypatch):
+    lane_simulator.install(monkeypatch, mosaic_gpu)
+    arrays, options = case.arguments()
+    few = jnp.asarray(arrays[0])[:, :2], arrays[1]
+    codes = vq_encode(*few, **options, **cases.MOSAIC_GPU)
+    count = case.dim // case.format[0]
+    assert (excess(oracle.unpack(np.asarray(codes), case.format[1], count), *few, options) <= 0).all()
+
+
+def test_the_kernel_for_few_tokens_gives_ties_to_the_lowest_index(monkeypatch):
+    lane_simulator.install(monkeypatch, mosaic_gpu)
+    codebook = jnp.tile(jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 4)), jnp.float32), (1, 8, 1))
+    x = codebook[:, 200:216].reshape(1, 1, 1, 64)
+    codes = vq_encode(x, codebook, **cases.MOSAIC_GPU)
+    np.testing.assert_array_equal(np.asarray(codes)[0, 0, 0], np.arange(200, 216) % 32)
+
+
 @both
 @pytest.mark.parametrize("case", cases.ENCODE, ids=str)
 def test_the_code_is_the_nearest_centroid(case, how):
@@ -49,10 +67,14 @@ def test_the_code_is_the_nearest_centroid(case, how):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", cases.ENCODE_ON_DEVICE, ids=str)
-def test_the_code_is_the_nearest_centroid_on_a_device(case):
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, "triton") for c in cases.ENCODE_ON_DEVICE] + [(c, "mosaic_gpu") for c in cases.ENCODE_ON_DEVICE if c.few],
+    ids=str,
+)
+def test_the_code_is_the_nearest_centroid_on_a_device(case, implementation):
     arrays, options = case.arguments()
-    codes = codes_of(case, vq_encode(*arrays, **options, implementation="triton"))
+    codes = codes_of(case, vq_encode(*arrays, **options, implementation=implementation))
     above = excess(codes, *arrays, options)
     if case.rope and case.dtype != "float32":
         assert (above > 0).mean() <= 1e-3 and above.max() < 0.1
@@ -71,18 +93,18 @@ def test_plain_jax_walks_over_centroids_in_chunks_where_distances_would_not_fit(
     assert (np.asarray(codes) != np.asarray(at_once)).mean() < 1e-3
 
 
-def test_a_decoded_token_is_encoded_without_a_kernel_unless_one_is_named(monkeypatch):
+def test_a_decoded_token_is_not_encoded_by_the_triton_kernel_unless_it_is_named(monkeypatch):
     asked = []
 
-    def call(operation, implementation, interpret, x, codebook, **options):
-        asked.append(implementation)
+    def call(operation, implementation, interpret, x, codebook, without, **options):
+        asked.append((implementation, without))
         return jnp.zeros((*x.shape[:1], x.shape[2], x.shape[1], 16), jnp.uint8)
 
     monkeypatch.setattr(dispatch, "call", call)
     codebook = jnp.zeros((2, 256, 4))
     for tokens, implementation in ((1, None), (2, None), (1, "triton")):
         vq_encode(jnp.zeros((1, tokens, 2, 64)), codebook, implementation=implementation)
-    assert asked == ["xla", None, "triton"]
+    assert asked == [(None, ("triton",)), (None, ()), ("triton", ())]
 
 
 @both

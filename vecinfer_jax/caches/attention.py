@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import split_k
+from pallas_kernels import ExactTokens, split_k
+from pallas_kernels.vq_decode_attention.exact import attend_exactly
 
 QUERY_BLOCK = 256
 # Slots of a cache that a chunk of prompt reads at a time, fewer where one of these would be exceeded: elements of the
@@ -76,13 +77,7 @@ def partial_attention(
 
     With no valid slot: output 0, log-sum-exp -1e30.
     """
-    s = jnp.where(valid[:, None, None, None, :], scores(q[:, None], k, scale), MASKED)
-    top = jnp.max(s, axis=-1, keepdims=True)
-    p = jnp.where(valid[:, None, None, None, :], jnp.exp(s - top), 0.0)
-    total = jnp.sum(p, axis=-1, keepdims=True)
-    lse = jnp.where(total > 0, top + jnp.log(jnp.maximum(total, 1e-37)), MASKED)
-    out = combine(p / jnp.maximum(total, 1e-37), v)[:, 0]
-    return out, lse.reshape(q.shape[:2])
+    return attend_exactly(q, ExactTokens(k, v, valid), scale)
 
 
 def cudnn_serves(q: Float[Array, "*batch D"]) -> bool:

@@ -14,12 +14,13 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import dispatch, hadamard, vq_decode_attention, vq_encode
+from pallas_kernels import dispatch, hadamard, vq_append, vq_decode_attention, vq_encode
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.formats import CodeFormat
 from vecinfer_jax.caches.rows import read_slots, write_chunk
 from vecinfer_jax.caches.vector_quantised import VectorQuantisedMethod
+from vecinfer_jax.caches.windowed import WindowedCache
 from vecinfer_jax.calibration.codebooks import codebook_of, pooled_codebook
 from vecinfer_jax.errors import InputError
 
@@ -52,8 +53,8 @@ class VecInfer(VectorQuantisedMethod):
     transform:  of the keys; "smooth-hadamard" is the paper.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
-    implementation: of the kernels ("triton", "xla"; None: the best for the device); interpret: run Pallas kernels
-        in interpret mode (tests).
+    implementation: of the kernels ("mosaic_gpu", "triton", "xla"; None: the best for the device; where a kernel has no
+        such implementation, the best there is); interpret: run Pallas kernels in interpret mode (tests).
     """
 
     transform: str = "smooth-hadamard"
@@ -120,7 +121,11 @@ class VecInfer(VectorQuantisedMethod):
         return (self._rotate(x) if self.rotates else x) * smooth
 
     def _rotate(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
-        return hadamard(x, implementation=self.implementation, interpret=self.interpret)
+        return hadamard(x, **self._how("hadamard"))
+
+    def _how(self, operation: str) -> dict[str, Any]:
+        """How a kernel is to run: as the method says, where the operation has that implementation."""
+        return {"implementation": dispatch.named(operation, self.implementation), "interpret": self.interpret}
 
     # -- the windowed protocol
 
@@ -132,19 +137,47 @@ class VecInfer(VectorQuantisedMethod):
         slots: Int[Array, "B T"],
         layer: LayerShape,
     ) -> VecInferStore:
-        how: dict[str, Any] = {"implementation": self.implementation, "interpret": self.interpret}
-        if self.transform == "hadamard-smooth":
-            rotation = jnp.asarray(hadamard(jnp.eye(layer.head_dim, dtype=jnp.float32)))
-            keys: dict[str, Any] = {"matrix": rotation[None] / store.smooth[:, None, :]}
-        else:
-            keys = {"scale": 1.0 / store.smooth, "hadamard": self.rotates}
-        key_codes = vq_encode(k, store.key_codebook, **keys, **how)
+        how = self._how("vq_encode")
+        key_codes = vq_encode(k, store.key_codebook, **self._key_transform(store), **how)
         value_codes = vq_encode(v, store.value_codebook, **how)
         return dataclasses.replace(
             store,
             key_codes=write_chunk(store.key_codes, key_codes.swapaxes(1, 2), slots),
             value_codes=write_chunk(store.value_codes, value_codes.swapaxes(1, 2), slots),
         )
+
+    def append_token(
+        self,
+        cache: WindowedCache,
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        at: Int[Array, "B"],
+        layer: LayerShape,
+    ) -> WindowedCache:
+        store = cache.store
+        ring_keys, ring_values, key_codes, value_codes = vq_append(
+            k,
+            v,
+            at.astype(jnp.int32),
+            cache.ring_keys,
+            cache.ring_values,
+            store.key_codes,
+            store.value_codes,
+            store.key_codebook,
+            store.value_codebook,
+            sink=self.sink,
+            **self._key_transform(store),
+            **self._how("vq_append"),
+        )
+        store = dataclasses.replace(store, key_codes=key_codes, value_codes=value_codes)
+        return dataclasses.replace(cache, store=store, ring_keys=ring_keys, ring_values=ring_values)
+
+    def _key_transform(self, store: VecInferStore) -> dict[str, Any]:
+        """As the kernels that encode keys take it."""
+        if self.transform == "hadamard-smooth":
+            rotation = jnp.asarray(hadamard(jnp.eye(store.smooth.shape[1], dtype=jnp.float32)))
+            return {"matrix": rotation[None] / store.smooth[:, None, :]}
+        return {"scale": 1.0 / store.smooth, "hadamard": self.rotates}
 
     def read(
         self, store: VecInferStore, start: Int[Array, ""], size: int, layer: LayerShape
@@ -154,20 +187,22 @@ class VecInfer(VectorQuantisedMethod):
         values = dequantise(value_codes, store.value_codebook, layer.head_dim, layer.dtype)
         return self.restore_key(keys, store).astype(layer.dtype), values.astype(layer.dtype)
 
-    def attend(
-        self, q: Float[Array, "B Hq D"], store: VecInferStore, count: Int[Array, "B"], slots: int, layer: LayerShape
-    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+    def attend_cache(
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
+    ) -> Float[Array, "B Hq D"]:
+        store = cache.store
         return vq_decode_attention(
             self.transform_query(q, store),
             store.key_codes,
             store.value_codes,
             store.key_codebook,
             store.value_codebook,
-            count.astype(jnp.int32),
+            self.coded_count(cache.lengths).astype(jnp.int32),
             scale=layer.scale,
-            implementation=self.implementation,
-            interpret=self.interpret,
-        )
+            exact=self.exact_tokens(cache),
+            exact_q=q,
+            **self._how("vq_decode_attention"),
+        )[0]
 
     # -- calibration (section 4.1)
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import split_k
+from pallas_kernels import ExactTokens, split_k
 from vecinfer_jax.caches.attention import (
     Source,
     Tokens,
@@ -191,36 +191,54 @@ class WindowedMethod(CacheMethod):
         layer, at = chunk.layer, chunk.positions[:, 0]
         cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        cache = self._append_token(k, v, at, layer, cache)
+        cache = self.append_token(cache, k, v, at, layer)
+        if self.sink:
+            sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
+            cache = dataclasses.replace(cache, sink_keys=sinks[0], sink_values=sinks[1])
+        cache = dataclasses.replace(cache, lengths=at + 1)
+        return self.attend_cache(q, cache, layer).astype(q.dtype), cache
+
+    def attend_cache(
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
+    ) -> Float[Array, "B Hq D"]:
+        """One query (after RoPE) a sequence over all that the cache holds. A fused kernel may stand in its place."""
         coded = self.attend(q, cache.store, self.coded_count(cache.lengths), cache.slots, layer)
         if self.ring + self.sink == 0:
-            return coded[0].astype(q.dtype), cache
-        exact = self._exact_tokens(cache)
-        recent = partial_attention(q, exact.keys, exact.values, exact.positions >= 0, layer.scale)
-        outputs = jnp.stack([coded[0], recent[0]], axis=-2)
-        out, _ = split_k.merge(outputs, jnp.stack([coded[1], recent[1]], axis=-1))
-        return out.astype(q.dtype), cache
+            return coded[0]
+        recent = [partial_attention(q, *tokens, layer.scale) for tokens in self.exact_tokens(cache)]
+        outputs, lses = zip(coded, *recent, strict=True)
+        return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))[0]
+
+    def exact_tokens(self, cache: WindowedCache) -> list[ExactTokens]:
+        """Sinks and ring, those of them that there are, with the slots that hold a token to be read exactly."""
+        parts = [cache.sink_keys, cache.ring_keys], [cache.sink_values, cache.ring_values], self._positions(cache)
+        return [ExactTokens(k, v, p >= 0) for k, v, p in zip(*parts, strict=True) if p.shape[1]]
 
     # -- window bookkeeping
 
     def _exact_tokens(self, cache: WindowedCache) -> Tokens:
         """Sinks and ring with the positions they hold; a sink that is still in the ring counts once."""
-        ring = read_ring(self.ring, cache.lengths)
-        ring = jnp.where(ring >= self.sink + self.coded_count(cache.lengths)[:, None], ring, -1)
-        sinks = jnp.arange(self.sink)[None, :]
-        sinks = jnp.where(sinks < cache.lengths[:, None], sinks, -1)
+        sinks, ring = self._positions(cache)
         return join_tokens(
             Tokens(cache.sink_keys, cache.sink_values, sinks), Tokens(cache.ring_keys, cache.ring_values, ring)
         )
 
-    def _append_token(
+    def _positions(self, cache: WindowedCache) -> list[Int[Array, "B W"]]:
+        """Which position each slot of the sinks and of the ring holds, -1 where none is to be read there."""
+        ring = read_ring(self.ring, cache.lengths)
+        ring = jnp.where(ring >= self.sink + self.coded_count(cache.lengths)[:, None], ring, -1)
+        sinks = jnp.arange(self.sink)[None, :]
+        return [jnp.where(sinks < cache.lengths[:, None], sinks, -1), ring]
+
+    def append_token(
         self,
+        cache: WindowedCache,
         k: Float[Array, "B Hkv D"],
         v: Float[Array, "B Hkv D"],
         at: Int[Array, "B"],
         layer: LayerShape,
-        cache: WindowedCache,
     ) -> WindowedCache:
+        """The cache with a token a sequence, of position at[b], in its ring, and what that pushes out as codes."""
         # The group that this token pushes out of the window; most tokens complete none, and nothing is written then.
         # In the ring the oldest token of a complete group stands where the new one goes.
         group = self.token_group
@@ -243,10 +261,7 @@ class WindowedMethod(CacheMethod):
         else:
             group_k, group_v = k[:, None], v[:, None]
         store = self.append(cache.store, group_k, group_v, jnp.where(complete, slots, -1), layer)
-        sink_keys, sink_values = cache.sink_keys, cache.sink_values
-        if self.sink:
-            sink_keys, sink_values = write_token(sink_keys, k, at), write_token(sink_values, v, at)
-        return WindowedCache(store, cache.slots, ring_keys, ring_values, sink_keys, sink_values, at + 1)
+        return dataclasses.replace(cache, store=store, ring_keys=ring_keys, ring_values=ring_values)
 
     def _append_chunk(
         self,

@@ -23,7 +23,7 @@ from vecinfer_jax.models.layerwise import Layerwise
 
 DEFAULT_TEXT = "hotpotqa-paragraphs"
 # What a calibration is made from unless it is said otherwise.
-PASSAGES, PASSAGE_LENGTH, SAMPLES = 64, 512, 8192
+PASSAGES, PASSAGE_LENGTH, SAMPLES = 64, 512, 32768
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

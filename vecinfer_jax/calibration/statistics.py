@@ -49,8 +49,8 @@ class LayerStatistics:
 class Statistics(CacheMethod):
     """samples: tokens kept per layer; seed: of which ones (the same tokens in every layer)."""
 
-    samples: int = 8192
-    seed: int = 0
+    samples: int
+    seed: int
     name: ClassVar[str] = "statistics"
 
     def init(

@@ -97,16 +97,22 @@ class Table:
         passage_length: int = PASSAGE_LENGTH,
         samples: int = SAMPLES,
         texts: Sequence[str] | None = None,
+        text_name: str | None = None,
         batch: int = 8,
         progress: bool = True,
     ) -> None:
-        """`passages`, `passage_length`, `samples` and `texts` are `calibrate`'s; a seed also shuffles `texts`."""
+        """`passages`, `passage_length`, `samples` and `texts` are `calibrate`'s; a seed also shuffles `texts`.
+
+        `text_name` says in the rows what `texts` are (by default a hash of them does).
+        """
         check_whole("batch", batch)
         self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
         self._calibrate: dict[str, Any] = {"passages": passages, "passage_length": passage_length, "samples": samples}
         self._texts = texts
         self._references: dict[Any, Any] = {}
-        text = DEFAULT_TEXT if texts is None else hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+        text = DEFAULT_TEXT
+        if texts is not None:
+            text = text_name or hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
         self._calibrated_on = self._calibrate | {"text": text}
         self._kept: dict[Any, Any] = {}
         try:

@@ -1,0 +1,72 @@
+"""A decoded token goes into a coded cache with a residual window (VecInfer, section 3.3: arXiv 2510.06175)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int32, UInt8
+
+from pallas_kernels import dispatch
+
+
+def vq_append(
+    k: Float[Array, "B H D"],
+    v: Float[Array, "B H D"],
+    positions: Int32[Array, "B"],
+    ring_keys: Float[Array, "B H W D"],
+    ring_values: Float[Array, "B H W D"],
+    key_codes: UInt8[Array, "B H S kbytes"],
+    value_codes: UInt8[Array, "B H S vbytes"],
+    key_codebook: Float[Array, "Hk Kk dk"],
+    value_codebook: Float[Array, "Hv Kv dv"],
+    *,
+    sink: int = 0,
+    mean: Float[Array, "H D"] | None = None,
+    scale: Float[Array, "H D"] | None = None,
+    matrix: Float[Array, "H D D"] | None = None,
+    hadamard: bool = False,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> tuple[
+    Float[Array, "B H W D"], Float[Array, "B H W D"], UInt8[Array, "B H S kbytes"], UInt8[Array, "B H S vbytes"]
+]:
+    """One token a row enters a window of W tokens; the token that it pushes out is encoded.
+
+    The new token's position is p. Ring slot p % W holds the token of position p - W, which goes, as codes, to slot
+    p - W - sink of the codes, if there is such a slot; then the new token takes the ring slot. With W = 0 the new
+    token itself is encoded, to slot p - sink.
+
+    Args:
+        k, v: the new token's key (after RoPE) and value.
+        positions: of the new token in each row, 0 or more.
+        ring_keys, ring_values: the last W tokens, position q in slot q % W.
+        key_codes, value_codes: coded tokens, packed as `vq_encode` packs them.
+        key_codebook, value_codebook: centroids, of every head or of all (first axis 1).
+        sink: tokens at the start that are never coded.
+        mean, scale, matrix, hadamard: the keys' transform, as `vq_encode` takes it; values have none.
+        implementation: "mosaic_gpu", "xla", or None for the best on the default device.
+        interpret: run Pallas kernels in interpret mode (on a CPU, for tests).
+
+    Returns:
+        The ring and the codes with the token in them: in place, where the caller lets go of what it gave.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+        NotImplementedError: the named implementation does not serve this format.
+    """
+    batch, heads, dim = k.shape
+    window, slots = ring_keys.shape[2:3], key_codes.shape[2:3]
+    for name, array, want in (
+        ("v", v, (batch, heads, dim)),
+        ("ring_keys", ring_keys, (batch, heads, *window, dim)),
+        ("ring_values", ring_values, (batch, heads, *window, dim)),
+        ("key_codes", key_codes[..., 0], (batch, heads, *slots)),
+        ("value_codes", value_codes[..., 0], (batch, heads, *slots)),
+        ("positions", positions, (batch,)),
+    ):
+        if array.shape != want:
+            raise ValueError(f"vq_append: {name} must be {want} for k {k.shape}, got {array.shape}")
+    if positions.dtype != jnp.int32 or sink < 0:
+        raise ValueError(f"vq_append: positions must be int32 and sink 0 or more, got {positions.dtype} and {sink}")
+    return dispatch.call(
+        "vq_append", implementation, interpret,
+        k, v, positions, ring_keys, ring_values, key_codes, value_codes, key_codebook, value_codebook,
+        sink=sink, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
+    )  # fmt: skip

@@ -1,0 +1,62 @@
+"""Tokens that are attended to as they are, beside the coded ones: a residual window, attention sinks."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float
+
+from pallas_kernels import split_k
+
+
+class ExactTokens(NamedTuple):
+    """Keys and values of W tokens, and which of them count."""
+
+    keys: Float[Array, "B Hkv W D"]
+    values: Float[Array, "B Hkv W D"]
+    valid: Bool[Array, "B W"]
+
+
+def merge_exact(
+    output: Float[Array, "B Hq D"],
+    lse: Float[Array, "B Hq"],
+    q: Float[Array, "B Hq D"] | None,
+    exact: Sequence[ExactTokens],
+    scale: float,
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+    """Attention over coded tokens joined with that over exact ones: output and log-sum-exp of all, float32."""
+    held = [tokens for tokens in exact if tokens.keys.shape[2]]
+    if not held or q is None:
+        return output, lse
+    parts = [(output, lse), *(attend_exactly(q, tokens, scale) for tokens in held)]
+    outputs, lses = zip(*parts, strict=True)
+    return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
+
+
+def attend_exactly(
+    q: Float[Array, "B Hq D"], tokens: ExactTokens, scale: float
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+    """One query a sequence over those tokens that count; 0 and `split_k.EMPTY` where none does."""
+    batch, query_heads, dim = q.shape
+    kv_heads = tokens.keys.shape[1]
+    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
+    valid = tokens.valid[:, None, None]
+
+    def product(terms: str, a: Array, b: Array) -> Array:
+        if jax.default_backend() == "cpu":  # which cannot multiply all 16-bit operands
+            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+        return jnp.einsum(terms, a, b, precision=precision, preferred_element_type=jnp.float32)
+
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    scores = jnp.where(valid, scale * product("bhgd,bhwd->bhgw", grouped, tokens.keys.astype(q.dtype)), split_k.EMPTY)
+    top = jnp.max(scores, axis=-1, keepdims=True)
+    weights = jnp.where(valid, jnp.exp(scores - top), 0.0)
+    total = jnp.sum(weights, axis=-1)
+    some = total > 0
+    safe = jnp.where(some, total, 1.0)
+    weights = (weights / safe[..., None]).astype(tokens.values.dtype)
+    output = product("bhgw,bhwd->bhgd", weights, tokens.values)
+    lse = jnp.where(some, top[..., 0] + jnp.log(safe), split_k.EMPTY)
+    return output.reshape(q.shape), lse.reshape(batch, query_heads)
