@@ -8,6 +8,7 @@ median of several. `cache_bytes` is what the caches allocate; `device_bytes` is 
 """
 
 import argparse
+import re
 import statistics
 import time
 from pathlib import Path
@@ -81,7 +82,9 @@ def filled(caches: Any, tokens: int) -> Any:
     return jax.tree.map(fill, caches)
 
 
-def measure(config: ModelConfig, params: Any, batch: int, tokens: int, name: str, repeats: int) -> dict[str, Any]:
+def measure(
+    config: ModelConfig, params: Any, batch: int, tokens: int, name: str, repeats: int, profiled: bool
+) -> dict[str, Any]:
     method = specs.parse(name, METHODS, "method")
     decoder = Decoder(config, method, jnp.bfloat16)
     engine = Engine(decoder)
@@ -114,6 +117,8 @@ def measure(config: ModelConfig, params: Any, batch: int, tokens: int, name: str
         state, few = run(state, FEW)
         state, many = run(state, MANY)
         times.append((many - few) / (MANY - FEW) * 1e3)
+    print(f"{name}, {batch} x {tokens}: {statistics.median(times):.3f} ms a step", flush=True)
+    kernels = profile(decoder, params, state) if profiled else {}
     return {
         "method": name,
         "batch": batch,
@@ -125,7 +130,26 @@ def measure(config: ModelConfig, params: Any, batch: int, tokens: int, name: str
         "cache_bytes": held,
         "device_bytes": (jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0),
         "compile_seconds": round(engine.compile_seconds, 1),
+        "kernels": kernels,
     }
+
+
+def profile(decoder: Decoder, params: Any, state: DecodeState) -> dict[str, Any]:
+    """What one step starts on the device: by kernel, how often and for how many microseconds together.
+
+    The step's caches are not donated here, so the device holds them twice; the copies are no kernels.
+    """
+    from jax.experimental.mosaic.gpu import profiler
+
+    def step(params: Any, caches: Any, token: Any, position: Any) -> Any:
+        return decoder.apply({"params": params}, token[:, None], position[:, None], caches, decode=True)
+
+    timed = profiler.measure(jax.jit(step), aggregate=False)
+    found: dict[str, list[float]] = {}
+    for kernel, ms in timed(params, state.caches, state.token, state.position)[1]:
+        found.setdefault(re.sub(r"[_.]?\d+$", "", kernel)[:60], []).append(1e3 * ms)
+    by_time = sorted(found.items(), key=lambda item: -sum(item[1]))
+    return {kernel: {"count": len(us), "us": round(sum(us), 1)} for kernel, us in by_time}
 
 
 def main() -> None:
@@ -134,12 +158,14 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--profile", action="store_true", help="list the kernels of a step of the quantised caches")
     args = parser.parse_args()
     config = llama_8b(args.layers)
     params = random_params(config)
     rows = []
     for index in args.rows or range(len(ROWS)):
-        rows.append(measure(config, params, *ROWS[index], args.repeats))
+        profiled = args.profile and ROWS[index][2] != "full"
+        rows.append(measure(config, params, *ROWS[index], args.repeats, profiled))
         print(rows[-1], flush=True)
         results.write("step-llama-8b", {"rows": rows}, args.output)
 

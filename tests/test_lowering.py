@@ -59,14 +59,19 @@ def test_the_xla_step_and_prefill_lower_for_tpu(method):
 
 
 @pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (128, (32, 8)), (128, (14, 2))])
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32], ids=["bfloat16", "float32"])
-def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype):
-    method = VecInfer(bits=2, implementation="triton")
+@pytest.mark.parametrize(
+    ("dtype", "implementation"),
+    [(jnp.bfloat16, "mosaic_gpu"), (jnp.bfloat16, "triton"), (jnp.float32, "triton")],
+    ids=["bfloat16-mosaic_gpu", "bfloat16-triton", "float32-triton"],
+)
+def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype, implementation):
+    method = VecInfer(bits=2, sink=1, implementation=implementation)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         for tokens, decode in ((1, True), (256, False)):
             decoder, args = shapes(method, head_dim, heads, dtype, tokens=tokens)
             text = step(decoder, decode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
-            assert "triton" in text
+            assert ("mosaic_gpu" in text) == (implementation == "mosaic_gpu" and decode)
+            assert ("triton" in text) == (implementation == "triton")
 
 
 @pytest.mark.parametrize("form", [(2, 8), (4, 8), (8, 8), (2, 4), (4, 10), (4, 12), (8, 12)], ids=str)

@@ -20,6 +20,8 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    query_scale: Float[Array, "Hkv D"] | None = None,
+    query_hadamard: bool = False,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -33,11 +35,13 @@ def vq_decode_attention(
     sums).
 
     Args:
-        q: queries, in the basis of the coded keys (transformed as they were).
+        q: queries; in the basis of the coded keys, if the two next do not bring them there.
         key_codes, value_codes: packed as `vq_encode` returns them.
         key_codebook, value_codebook: a codebook for every KV head, or one for all (first axis 1).
         lengths: tokens that count in each row, 0 to S.
         scale: factor on the scores, usually 1/sqrt(D).
+        query_scale, query_hadamard: multiply the queries of each KV head's group by a factor for every element, and
+            then by the normalised Walsh-Hadamard matrix, in float32, rounded to q.dtype.
         exact: further tokens, attended to as they are in the same softmax (a residual window, sinks).
         exact_q: the queries for those, in the basis of their keys.
         num_splits: programs that share a row; None lets the kernel choose. Affects speed and rounding only.
@@ -55,10 +59,16 @@ def vq_decode_attention(
     """
     _check(q, key_codes, value_codes, key_codebook, value_codebook, lengths, num_splits)
     _check_exact(q, key_codes, exact, exact_q)
+    heads, dim = key_codes.shape[1], q.shape[2]
+    if query_scale is not None and query_scale.shape != (heads, dim):
+        raise ValueError(f"vq_decode_attention: query_scale must be [{heads}, {dim}], got {query_scale.shape}")
+    if query_hadamard and dim & (dim - 1):
+        raise ValueError(f"vq_decode_attention: query_hadamard needs a power-of-two head dimension, got {dim}")
     return dispatch.call(
         "vq_decode_attention", implementation, interpret,
         q, key_codes, value_codes, key_codebook, value_codebook, lengths,
-        scale=float(scale), exact=tuple(exact), exact_q=exact_q, num_splits=num_splits,
+        scale=float(scale), query_scale=query_scale, query_hadamard=query_hadamard,
+        exact=tuple(exact), exact_q=exact_q, num_splits=num_splits,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import dispatch, packing, split_k
-from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu import butterfly, lanes
 from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg, at, f32, u32
 from pallas_kernels.vq_decode_attention.exact import ExactTokens
 
@@ -121,6 +121,9 @@ class Problem:
     group: int
     tokens: int
     shared_books: tuple[bool, bool]
+    queries: str
+    query_scale: bool
+    query_hadamard: bool
     exact: tuple["Exact", ...]
     scale: float
     config: Config
@@ -169,6 +172,8 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    query_scale: Float[Array, "Hkv D"] | None = None,
+    query_hadamard: bool = False,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -203,6 +208,9 @@ def vq_decode_attention(
         group=group,
         tokens=tokens,
         shared_books=(key_codebook.shape[0] == 1, value_codebook.shape[0] == 1),
+        queries=_operand(q.dtype),
+        query_scale=query_scale is not None,
+        query_hadamard=query_hadamard,
         exact=tuple(Exact(t.keys.shape[2], operand) for t, operand in zip(exact, operands, strict=True)),
         scale=abs(scale) * _LOG2_E,
         config=config,
@@ -211,7 +219,11 @@ def vq_decode_attention(
         raise NotImplementedError(f"vq_decode_attention: the mosaic_gpu kernel cannot address codes {key_codes.shape}")
     books = [_words(book, form) for book, form in zip((key_codebook, value_codebook), formats, strict=True)]
     codes = [codes.reshape(rows, tokens, -1) for codes in (key_codes, value_codes)]
-    arrays = [_queries(q, scale, kv_heads, formats[0].operand), *books, *codes, lengths]
+    # Queries that the kernel transforms stay in their own dtype until it has: an fp8 table's is float16.
+    given = _operand(q.dtype) if query_scale is not None or query_hadamard else formats[0].operand
+    arrays = [_queries(q, scale, kv_heads, given), *books, *codes, lengths]
+    if query_scale is not None:
+        arrays.append(query_scale.astype(jnp.float32))
     for each, operand in zip(exact, operands, strict=True):
         assert exact_q is not None
         held = [array.reshape(rows, -1, dim) for array in (each.keys, each.values)]
@@ -221,16 +233,17 @@ def vq_decode_attention(
 
 
 def choose_config(rows: int, tokens: int, group: int, formats: Sequence[Format], num_splits: int | None) -> Config:
-    """Tiles of about 2 KiB of codes a warp keep enough of them on their way; blocks that divide rows evenly."""
+    """Tiles of about 2 KiB of codes a warp keep enough of them on their way. Blocks that divide rows evenly save a
+    merge, but where they would leave a tenth of the device idle, every multiprocessor takes its share of the list."""
     head_blocks = -(-group // _HEADS)
     bytes_of_block = _BLOCK * sum(form.pitch for form in formats)
-    groups = max(1, min(8 if head_blocks == 1 else 4, 2048 // bytes_of_block))
-    groups = 2 ** (groups.bit_length() - 1)
-    if head_blocks > 2:
-        groups = min(groups, 2)
-    splits = num_splits or max(1, dispatch.multiprocessors() // rows)
-    most = rows * -(-tokens // (_BLOCK * groups))
-    return Config(groups=groups, warpgroups=4 if head_blocks <= 2 else 2, blocks=max(1, min(rows * splits, most)))
+    groups = 4 if bytes_of_block <= 512 else 2
+    # Fewer warps where many registers a lane, or waiting for banks, is what limits them.
+    warpgroups = 2 if head_blocks > 2 or any(form.bits > 10 for form in formats) else 4
+    most = dispatch.multiprocessors()
+    even = rows * (num_splits or most // rows)
+    blocks = even if num_splits or even >= 0.9 * most else most
+    return Config(groups, warpgroups, max(1, min(blocks, rows * -(-tokens // (_BLOCK * groups)))))
 
 
 def _format(q: Array, codebook: Array) -> Format:
@@ -400,6 +413,7 @@ class Schedule:
 def _attend_block(p: Problem, q, key_book, value_book, key_codes, value_codes, lengths, *rest: Any) -> None:
     """Block `block` attends to its share of the tiles, row after row."""
     *exact, outputs, sums, tables, block = rest
+    query_scale = exact.pop(0) if p.query_scale else None
     merge = at(tables, p.tables_bytes)
     schedule = Schedule(p, lengths, at(merge, _merge_bytes(p.dim, p.group, p.config)))
     first, last = schedule.share(block), schedule.share(block + 1)
@@ -415,7 +429,7 @@ def _attend_block(p: Problem, q, key_book, value_book, key_codes, value_codes, l
                 with lanes.do_when(head.differs(filled)):
                     _fill(p, p.key, tables, key_book, head, p.shared_books[0])
                     _fill(p, p.value, tables, value_book, head, p.shared_books[1])
-                lanes.barrier()  # the tables are there, and the merge before has been read
+                lanes.barrier()  # the tables are there, and the queries have been read
 
             def before(state: list) -> list:
                 for i, source in enumerate(p.exact):
@@ -423,11 +437,17 @@ def _attend_block(p: Problem, q, key_book, value_book, key_codes, value_codes, l
                     state = lanes.when(high.equals(end), state, see)
                 return state
 
-            memory = q, key_codes, value_codes, tables
+            def queries() -> Pointer:
+                if query_scale is None and not p.query_hadamard:
+                    return _queries_of(p, q, row)
+                return _transform_queries(p, _queries_of(p, q, row), query_scale, head, merge)
+
+            memory = queries, key_codes, value_codes, tables
             length = schedule.length(batch)
             high_coded = (high - start).minimum(schedule.coded_tiles(batch))
             state = _attend(p, *memory, row, low - start, high_coded, length, before, fill)
             _merge(p, state, merge, outputs, sums, block + index)
+            lanes.barrier()  # the merge has been read
             return head
 
         return lanes.when(low < high, filled, attend)
@@ -520,7 +540,7 @@ class LaneCodes:
 
 def _attend(
     p: Problem,
-    q,
+    queries_of: Callable[[], Pointer],
     key_codes,
     value_codes,
     tables,
@@ -564,7 +584,8 @@ def _attend(
 
     first = low + warp
     codes = codes_of(first)  # on their way while the tables are filled
-    queries = [_load_queries(p, q, row, block, r, j) for block in range(p.head_blocks)]
+    of_row = queries_of()
+    queries = [_load_queries(p, of_row, block, r, j) for block in range(p.head_blocks)]
     state = before(_empty(p))
     fill()
     selectors = _selectors(r)
@@ -599,7 +620,7 @@ def _attend_exactly(p: Problem, source: Exact, arrays: Sequence[Pointer], row: R
     lane = lanes.thread() & (_WARP - 1)
     r, j = lane >> 2, lane & 3
     own = (r >> 1) + ((r & 1) << 2)
-    queries = [_load_queries(p, q, row, block, r, j) for block in range(p.head_blocks)]
+    queries = [_load_queries(p, _queries_of(p, q, row), block, r, j) for block in range(p.head_blocks)]
     key_row, value_row = (at(x, lanes.wide_product(row, source.tokens * p.dim * 2)) for x in (keys, values))
     valid_row = at(valid, lanes.wide_product(batch, source.tokens * 4))
     last = source.tokens - 1
@@ -640,12 +661,47 @@ def _selectors(r: Reg) -> list[Reg]:
     return [even.where(u32(a), u32(b)) for a, b in ((0x4410, 0x1044), (0x4432, 0x3244))]
 
 
-def _load_queries(p: Problem, q: Pointer, row: Reg, block: int, r: Reg, j: Reg) -> list[tuple[Reg, Reg]]:
+def _queries_of(p: Problem, q: Pointer, row: Reg) -> Pointer:
+    return at(q, lanes.wide_product(row, p.group * p.dim * 2))
+
+
+def _transform_queries(p: Problem, q: Pointer, scale: Pointer | None, head: Reg, scratch: Pointer) -> Pointer:
+    """The group's queries times `scale` and H, in shared memory, as the tensor cores take them."""
+    pairs = p.dim // 2
+    wide, out = scratch, at(scratch, p.group * p.dim * 4)
+    chunks = range(-(-p.group * pairs // p.threads))
+    for i in chunks:
+        pair = lanes.thread() + i * p.threads
+        with lanes.do_when(pair < p.group * pairs):  # whole warps
+            values = lanes.widen(lanes.load(at(q, pair << 2), 1)[0], p.queries)
+            if scale is not None:
+                of_head = at(scale, lanes.wide_product(head, p.dim * 4))
+                factors = lanes.load(at(of_head, (pair % pairs) << 3), 2)
+                values = [v * f.as_float() for v, f in zip(values, factors, strict=True)]
+            if p.query_hadamard:
+                values = butterfly.within_warp(values)
+            lanes.store(at(wide, pair << 3), values)
+    lanes.barrier()
+    for i in chunks:
+        pair = lanes.thread() + i * p.threads
+        with lanes.do_when(pair < p.group * pairs):
+            if p.query_hadamard:
+                values = butterfly.across_warps(at(wide, pair // pairs * (p.dim * 4)), pair % pairs, p.dim)
+            else:
+                values = [word.as_float() for word in lanes.load(at(wide, pair << 3), 2)]
+            low, high = values
+            if p.queries != p.key.format.operand:  # rounded to the queries' dtype first, as ever
+                low, high = lanes.widen(lanes.pack_pair(low, high, p.queries), p.queries)
+            lanes.store(at(out, pair << 2), [lanes.pack_pair(low, high, p.key.format.operand)])
+    lanes.barrier()
+    return out
+
+
+def _load_queries(p: Problem, q: Pointer, block: int, r: Reg, j: Reg) -> list[tuple[Reg, Reg]]:
     """B of each step of the scores: column r is half r % 2 of every 4 elements of head r / 2."""
     head = (r >> 1) + _HEADS * block
     exists = head < p.group
-    row_at = at(q, lanes.wide_product(row, p.group * p.dim * 2))
-    mine = at(row_at, exists.where(head, u32(0)) * (p.dim * 2) + j * (p.dim // 2) + (r & 1) * 4)
+    mine = at(q, exists.where(head, u32(0)) * (p.dim * 2) + j * (p.dim // 2) + (r & 1) * 4)
     words = [exists.where(lanes.load(at(mine, 8 * i), 1)[0], u32(0)) for i in range(p.dim // 16)]
     return list(zip(words[::2], words[1::2], strict=True))
 

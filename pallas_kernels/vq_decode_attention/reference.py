@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import packing, split_k
 from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact
+from pallas_kernels.vq_decode_attention.queries import transform_queries
 
 # Elements of a dequantised chunk of keys, [B, Hkv, chunk, D] float32.
 _CHUNK_ELEMENTS = 2**22
@@ -23,13 +24,16 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    query_scale: Float[Array, "Hkv D"] | None = None,
+    query_hadamard: bool = False,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """The meaning of `pallas_kernels.vq_decode_attention`. Chunks past the longest row are not read."""
-    del num_splits, interpret
+    del num_splits
+    q = transform_queries(q, query_scale, query_hadamard, implementation="xla", interpret=interpret)
     batch, query_heads, dim = q.shape
     kv_heads, tokens = key_codes.shape[1:3]
     group = query_heads // max(1, kv_heads)

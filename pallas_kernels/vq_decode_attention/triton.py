@@ -30,6 +30,7 @@ from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import dispatch, split_k
 from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact
+from pallas_kernels.vq_decode_attention.queries import transform_queries
 
 _HEAD_DIMS = (32, 64, 128, 256)
 _SUB_VECTORS = (2, 4, 8)
@@ -57,6 +58,8 @@ def vq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    query_scale: Float[Array, "Hkv D"] | None = None,
+    query_hadamard: bool = False,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -68,6 +71,7 @@ def vq_decode_attention(
     rows, group = batch * kv_heads, query_heads // max(1, kv_heads)
     _check_supported(dim, group, key_codes, key_codebook)
     _check_supported(dim, group, value_codes, value_codebook)
+    q = transform_queries(q, query_scale, query_hadamard, interpret=interpret)
     if rows * group * tokens == 0:
         nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
         return merge_exact(*nothing, exact_q, exact, scale)

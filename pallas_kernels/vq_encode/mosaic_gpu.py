@@ -19,7 +19,7 @@ from jax import lax
 from jaxtyping import Array, Float, UInt8
 
 from pallas_kernels import packing
-from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu import butterfly, lanes
 from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg, at, f32, u32
 
 _HEAD_DIMS = (64, 128, 256)
@@ -216,20 +216,13 @@ def _transform(p: Problem, x, maps: Sequence[Pointer], head: Reg, y: Pointer, sp
             factors = load_pair(at(of_head[name], lanes.wide_product(head, p.dim * 4)), pair, "f32")
             values = [combine(v, f) for v, f in zip(values, factors, strict=True)]
     if p.hadamard:
-        values = _hadamard_of_warp(values)
+        values = butterfly.within_warp(values)
     first = spare if p.hadamard or p.matrix else y
     with lanes.do_when(thread < pairs):
         lanes.store(at(first, pair << 3), values)
     lanes.barrier()
     if p.hadamard:
-        # What is left of the butterfly: sums over the warps' parts of 64 elements, and the norm.
-        out = [f32(0.0), f32(0.0)]
-        for other in range(p.dim // 64):
-            signs = u32(other) & (pair >> 5)
-            odd = ((signs ^ (signs >> 1)) & 1).differs(0)
-            loaded = [w.as_float() for w in lanes.load(at(spare, ((pair & 31) << 3) + 256 * other), 2)]
-            out = [odd.where(o - v, o + v) for o, v in zip(out, loaded, strict=True)]
-        values = [o * (1 / math.sqrt(p.dim)) for o in out]
+        values = butterfly.across_warps(spare, pair, p.dim)
     elif p.matrix:
         columns = at(of_head["matrix"], lanes.wide_product(head, p.dim * p.dim * 4), pair << 3)
 
@@ -245,20 +238,6 @@ def _transform(p: Problem, x, maps: Sequence[Pointer], head: Reg, y: Pointer, sp
         with lanes.do_when(thread < pairs):
             lanes.store(at(y, pair << 3), values)
         lanes.barrier()
-
-
-def _hadamard_of_warp(values: list[Reg]) -> list[Reg]:
-    """Butterflies over a lane's two elements and its warp's 64, without the norm."""
-    low, high = values
-    values = [low + high, low - high]
-    lane = lanes.thread() & (_WARP - 1)
-    for distance in (1, 2, 4, 8, 16):
-        upper = (lane & distance).differs(0)
-        values = [
-            upper.where(other - value, other + value)
-            for value, other in ((v, lanes.exchange(v, distance)) for v in values)
-        ]
-    return values
 
 
 def _search(p: Problem, book: Pointer, y: Pointer, distances: Pointer, indices: Pointer) -> None:

@@ -113,7 +113,7 @@ def test_the_same_keys_and_values_give_the_same_bytes_in_bulk_and_one_by_one(met
     lengths = jnp.array([24, 24])
     chunk = chunk_at([0, 0], lengths, 24, True)
     bulk = jax.jit(method._append_chunk)(k, v, chunk, empty)
-    step = jax.jit(lambda k, v, at, cache: method.append_token(cache, k, v, at, LAYER))
+    step = jax.jit(lambda k, v, at, cache: method._append_token(k, v, at, LAYER, cache))
     stepped = empty
     for i in range(24):
         stepped = step(k[:, i], v[:, i], jnp.array([i, i]), stepped)

@@ -6,6 +6,7 @@ bounds and alignment every access is checked against. Slow, so for small shapes 
 
 import contextlib
 import functools
+import sys
 import threading
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
+from pallas_kernels.vq_decode_attention import mosaic_gpu as _attention  # noqa: F401
 
 LANES = 32
 _local = threading.local()
@@ -322,10 +325,13 @@ def _run_block(body, pointers, block, warps):
         raise failures[0]
 
 
-def install(monkeypatch, kernel):
-    """Makes a kernel's module run here."""
+def install(monkeypatch):
+    """Makes every kernel that is written in lanes run here."""
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]
-    monkeypatch.setattr(kernel, "lanes", SimpleNamespace(**{name: globals()[name] for name in names}))
-    for name in names:
-        if hasattr(kernel, name):
-            monkeypatch.setattr(kernel, name, globals()[name])
+    simulated = SimpleNamespace(**{name: globals()[name] for name in names})
+    for kernel in list(sys.modules.values()):
+        if getattr(kernel, "lanes", None) is lanes and kernel.__name__.startswith("pallas_kernels."):
+            monkeypatch.setattr(kernel, "lanes", simulated)
+            for name in names:
+                if hasattr(kernel, name):
+                    monkeypatch.setattr(kernel, name, globals()[name])

@@ -6,8 +6,6 @@ import numpy as np
 import pytest
 
 from pallas_kernels import packing, vq_append, vq_encode
-from pallas_kernels.vq_append import mosaic_gpu
-from pallas_kernels.vq_encode import mosaic_gpu as encoding
 from tests.kernels import cases, lane_simulator
 from tests.kernels.test_dispatch import lower_for_cuda
 
@@ -30,8 +28,7 @@ ON_DEVICE = [
 @pytest.fixture(autouse=True)
 def simulated(request, monkeypatch):
     if "gpu" not in request.keywords:
-        for kernel in (mosaic_gpu, encoding):
-            lane_simulator.install(monkeypatch, kernel)
+        lane_simulator.install(monkeypatch)
 
 
 def arguments(dim, key, value, dtype, window, sink, transform, positions, slots=9):

@@ -22,7 +22,7 @@ every = pytest.mark.parametrize("how", [*cases.EVERYWHERE, cases.MOSAIC_GPU], id
 def simulated(request, monkeypatch):
     """Mosaic GPU kernels run in a simulator where there is no GPU."""
     if "gpu" not in request.keywords:
-        lane_simulator.install(monkeypatch, mosaic_gpu)
+        lane_simulator.install(monkeypatch)
 
 
 def finest(how) -> tuple[str, float]:
@@ -181,6 +181,26 @@ def test_exact_tokens_stand_in_the_same_softmax(dim, group, windows, how):
     np.testing.assert_allclose(output, expected, atol=2.0**-8 * abs(oracle.float64(arrays[4])).max())
     np.testing.assert_allclose(lse, expected_lse, rtol=3e-5, atol=3e-5)
     assert not output[3].any() and (lse[3] == jnp.float32(split_k.EMPTY)).all()
+
+
+@every
+@pytest.mark.parametrize(("dim", "group", "dtype"), [(128, 4, "bfloat16"), (64, 3, "float16"), (128, 10, "bfloat16")])
+@pytest.mark.parametrize("steps", ["scale", "hadamard", "both"])
+def test_queries_are_brought_into_the_keys_basis(dim, group, dtype, steps, how):
+    case = cases.Decode(dim=dim, group=group, dtype=dtype, lengths=(0, 33), tokens=40)
+    (q, *rest), options = case.arguments()
+    scale = jnp.asarray(np.random.default_rng(1).uniform(0.3, 2.0, (case.kv_heads, dim)), jnp.float32)
+    wide = oracle.float64(q)
+    given = {}
+    if steps != "hadamard":
+        wide, given["query_scale"] = wide * np.repeat(oracle.float64(scale), group, 0), scale
+    if steps != "scale":
+        wide, given["query_hadamard"] = wide @ oracle.hadamard_matrix(dim), True
+    expected, expected_lse = oracle.decode_attention(jnp.asarray(wide, dtype), *rest, options["scale"])
+    output, lse = vq_decode_attention(q, *rest, **options, **given, **how)
+    # A query that rounds to its other neighbour moves a score by half a per cent of an element.
+    np.testing.assert_allclose(output, expected, atol=2.0**-7 * abs(oracle.float64(rest[3])).max())
+    np.testing.assert_allclose(lse, expected_lse, atol=5e-3)
 
 
 def test_exact_tokens_that_do_not_belong_are_refused():

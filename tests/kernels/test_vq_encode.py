@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import dispatch, packing, vq_encode
-from pallas_kernels.vq_encode import mosaic_gpu, reference
+from pallas_kernels.vq_encode import reference
 from tests.kernels import cases, lane_simulator, oracle
 
 both = pytest.mark.parametrize("how", cases.EVERYWHERE, ids=cases.NAMES)
@@ -42,7 +42,7 @@ def excess(codes: np.ndarray, x, codebook, options: dict) -> np.ndarray:
 
 @pytest.mark.parametrize("case", [case for case in cases.ENCODE if case.few], ids=str)
 def test_the_kernel_for_few_tokens_chooses_the_nearest_centroid(case, monkeypatch):
-    lane_simulator.install(monkeypatch, mosaic_gpu)
+    lane_simulator.install(monkeypatch)
     arrays, options = case.arguments()
     few = jnp.asarray(arrays[0])[:, :2], arrays[1]
     codes = vq_encode(*few, **options, **cases.MOSAIC_GPU)
@@ -51,7 +51,7 @@ def test_the_kernel_for_few_tokens_chooses_the_nearest_centroid(case, monkeypatc
 
 
 def test_the_kernel_for_few_tokens_gives_ties_to_the_lowest_index(monkeypatch):
-    lane_simulator.install(monkeypatch, mosaic_gpu)
+    lane_simulator.install(monkeypatch)
     codebook = jnp.tile(jnp.asarray(np.random.default_rng(0).normal(size=(1, 32, 4)), jnp.float32), (1, 8, 1))
     x = codebook[:, 200:216].reshape(1, 1, 1, 64)
     codes = vq_encode(x, codebook, **cases.MOSAIC_GPU)

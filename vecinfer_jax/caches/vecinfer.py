@@ -124,8 +124,10 @@ class VecInfer(VectorQuantisedMethod):
         return hadamard(x, **self._how("hadamard"))
 
     def _how(self, operation: str) -> dict[str, Any]:
-        """How a kernel is to run: as the method says, where the operation has that implementation."""
-        return {"implementation": dispatch.named(operation, self.implementation), "interpret": self.interpret}
+        """How a kernel is to run: as the method says, where the operation has that implementation for any input."""
+        any_input = self.implementation != "mosaic_gpu" or operation in ("vq_append", "vq_decode_attention")
+        name = dispatch.named(operation, self.implementation) if any_input else None
+        return {"implementation": name, "interpret": self.interpret}
 
     # -- the windowed protocol
 
@@ -146,7 +148,7 @@ class VecInfer(VectorQuantisedMethod):
             value_codes=write_chunk(store.value_codes, value_codes.swapaxes(1, 2), slots),
         )
 
-    def append_token(
+    def push_token(
         self,
         cache: WindowedCache,
         k: Float[Array, "B Hkv D"],
@@ -191,14 +193,18 @@ class VecInfer(VectorQuantisedMethod):
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
     ) -> Float[Array, "B Hq D"]:
         store = cache.store
+        # The kernels know these two steps in this order; another order is taken beforehand.
+        fused = self.transform != "hadamard-smooth"
         return vq_decode_attention(
-            self.transform_query(q, store),
+            q if fused else self.transform_query(q, store),
             store.key_codes,
             store.value_codes,
             store.key_codebook,
             store.value_codebook,
             self.coded_count(cache.lengths).astype(jnp.int32),
             scale=layer.scale,
+            query_scale=store.smooth if fused and self.smooths else None,
+            query_hadamard=fused and self.rotates,
             exact=self.exact_tokens(cache),
             exact_q=q,
             **self._how("vq_decode_attention"),

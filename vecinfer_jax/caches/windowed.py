@@ -191,11 +191,7 @@ class WindowedMethod(CacheMethod):
         layer, at = chunk.layer, chunk.positions[:, 0]
         cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        cache = self.append_token(cache, k, v, at, layer)
-        if self.sink:
-            sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
-            cache = dataclasses.replace(cache, sink_keys=sinks[0], sink_values=sinks[1])
-        cache = dataclasses.replace(cache, lengths=at + 1)
+        cache = self._append_token(k, v, at, layer, cache)
         return self.attend_cache(q, cache, layer).astype(q.dtype), cache
 
     def attend_cache(
@@ -230,7 +226,21 @@ class WindowedMethod(CacheMethod):
         sinks = jnp.arange(self.sink)[None, :]
         return [jnp.where(sinks < cache.lengths[:, None], sinks, -1), ring]
 
-    def append_token(
+    def _append_token(
+        self,
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        at: Int[Array, "B"],
+        layer: LayerShape,
+        cache: WindowedCache,
+    ) -> WindowedCache:
+        cache = self.push_token(cache, k, v, at, layer)
+        if self.sink:
+            sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
+            cache = dataclasses.replace(cache, sink_keys=sinks[0], sink_values=sinks[1])
+        return dataclasses.replace(cache, lengths=at + 1)
+
+    def push_token(
         self,
         cache: WindowedCache,
         k: Float[Array, "B Hkv D"],
