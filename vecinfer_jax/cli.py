@@ -164,6 +164,56 @@ def generate(
 
 
 @app.command()
+def bench(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="Caches to compare, the first the reference; default: full vecinfer:bits=4 vecinfer."),
+    ] = None,
+    model: Annotated[
+        str,
+        typer.Option(help="A model as elsewhere, or an architecture with random weights: llama-3.1-8b, llama-2-7b."),
+    ] = "smollm2-135m-instruct",
+    batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated. Default: 1.")] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="Tokens cached; may be repeated. Default: 4096.")] = None,
+    dtype: Dtype = None,
+    repeats: Annotated[int, typer.Option(help="The median of so many.")] = 5,
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Time whole decoding steps with different caches on this device (content is random; no prompt is run)."""
+    from vecinfer_jax.bench import SHAPES, StepBench
+    from vecinfer_jax.models.language_model import load, resolve_dtype
+
+    chosen = [(text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer"]]
+    if repeats < 1:
+        raise InputError(f"repeats={repeats} must be 1 or more")
+    _check_output(json_out)
+    if model in SHAPES:
+        steps = StepBench(SHAPES[model], dtype=resolve_dtype(dtype))
+    else:
+        lm = load(model, dtype, progress=not quiet)
+        steps = StepBench(lm.config, lm.params, lm.dtype)
+    rows: list[dict[str, Any]] = []
+    to_stdout = json_out is not None and str(json_out) == "-"
+    for count, length in ((b, t) for b in batch or [1] for t in tokens or [4096]):
+        first = None
+        for text, method in chosen:
+            row = steps.step(method, count, length, repeats=repeats)
+            first = first or row.ms_per_step
+            rows.append({"name": text} | dataclasses.asdict(row))
+            if not to_stdout:
+                print(
+                    f"{text:32} B{count} x {length:>8,} tokens  {row.ms_per_step:9.3f} ms/step "
+                    f"{row.tokens_per_second:10,.1f} tokens/s  cache {row.cache_bytes['total'] / 2**20:9,.1f} MiB  "
+                    f"{first / row.ms_per_step:5.2f}x"
+                )
+    if json_out is not None:
+        import jax
+
+        _write_json(json_out, {"model": model, "device": jax.devices()[0].device_kind, "rows": rows})
+
+
+@app.command()
 def calibrate(
     output: Annotated[Path, typer.Option(help="Directory for the artefact.")],
     model: Model = "smollm2-135m-instruct",

@@ -1,0 +1,61 @@
+"""Timing steps: the caches are really full, the loop really runs, and what cannot be timed is refused in a line."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import vecinfer_jax as vj
+from tests import small
+from vecinfer_jax.bench import MANY, SHAPES, StepBench
+from vecinfer_jax.errors import InputError
+
+
+@pytest.fixture(scope="module")
+def bench() -> StepBench:
+    return StepBench(dataclasses.replace(small.CONFIG, num_layers=2), dtype="float32")
+
+
+@pytest.mark.parametrize("method", [vj.FullPrecision(), vj.VecInfer(bits=2, residual=8, sink=1)], ids=repr)
+def test_a_step_is_timed_over_a_full_cache(bench, method):
+    row = bench.step(method, 2, 150, repeats=1)
+    assert row.ms_per_step > 0 and row.tokens_per_second == pytest.approx(2e3 / row.ms_per_step, rel=0.01)
+    assert row.layers == 2 and row.weights_bytes > 0
+    assert row.cache_bytes["codes"] > 0
+
+
+def test_every_layer_attends_to_all_tokens(bench):
+    """A step's output depends on what the far end of every layer's cache holds."""
+    engine, state = bench.prepare(vj.VecInfer(bits=2, residual=8), 1, 200, MANY)
+    assert all((np.asarray(cache.lengths) == 200).all() for cache in state.caches)
+    codes = [np.asarray(cache.store.key_codes) for cache in state.caches]
+    assert all(len(np.unique(layer[:, :, :190])) > 100 for layer in codes)
+
+    def logits(caches):
+        one = jnp.zeros((1, 1), jnp.int32)
+        return engine.decoder.apply({"params": bench.params}, one, one + 200, caches, decode=True)[0]
+
+    whole = logits(state.caches)
+    for index in range(len(codes)):
+        cut = list(state.caches)
+        store = cut[index].store
+        cut[index] = cut[index].replace(store=jax.tree.map(lambda x: x, store).replace(
+            value_codes=store.value_codes.at[:, :, 150:].set(0)
+        ))  # fmt: skip
+        assert not np.allclose(logits(tuple(cut)), whole)
+
+
+def test_what_cannot_be_timed_is_refused(bench):
+    for batch, tokens in ((0, 10), (1, 0)):
+        with pytest.raises(InputError, match="must be 1 or more"):
+            bench.step(vj.FullPrecision(), batch, tokens)
+
+
+def test_the_named_architectures_have_their_published_sizes():
+    from vecinfer_jax.models.decoder import param_shapes
+
+    sizes = {name: sum(x.size for x in jax.tree.leaves(param_shapes(c))) for name, c in SHAPES.items()}
+    assert sizes["llama-3.1-8b"] == 8_030_261_248
+    assert sizes["llama-2-7b"] == 6_738_415_616
