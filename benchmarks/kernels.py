@@ -362,7 +362,7 @@ def main() -> None:
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit(f"this benchmark needs a GPU; JAX runs on {jax.default_backend()} here")
-    held = json.loads(arguments.output.read_text())["rows"] if arguments.only else []
+    held = json.loads(arguments.output.read_text())["rows"] if arguments.only and arguments.output.exists() else []
     done: list[dict] = []
     for part in [arguments.only] if arguments.only else PARTS:
         for line in PARTS[part]():

@@ -124,6 +124,8 @@ def main() -> int:
         return 0
     if not args.group or args.data is None or args.output is None:
         parser.error("give --group, --data and --output, or --collect")
+    if args.mixed_with is not None and args.calibration_text is not None:
+        parser.error("give either --mixed-with or --calibration-text")
     known = groups(args.model, args.data)
     unknown = [name for name in args.group if name not in known]
     if unknown:
@@ -173,10 +175,12 @@ def texts_of(args: argparse.Namespace) -> dict[str, Any]:
     """The calibration text and its name, as `Table` takes them."""
     if args.mixed_with is not None:
         documents = list(read_documents(args.mixed_with))
-        paragraphs = assets.paragraphs(DEFAULT_TEXT)
-        half: list[str] = []
-        while sum(map(len, half)) < sum(map(len, documents)):
-            half += itertools.islice(paragraphs, 100)
+        wanted, half = sum(map(len, documents)), []
+        for paragraph in assets.paragraphs(DEFAULT_TEXT):
+            if wanted <= 0:
+                break
+            half.append(paragraph)
+            wanted -= len(paragraph)
         return {"texts": documents + half, "text_name": f"{DEFAULT_TEXT} and {args.mixed_with.stem}"}
     if args.calibration_text is not None:
         return {"texts": list(read_documents(args.calibration_text)), "text_name": args.calibration_text.stem}

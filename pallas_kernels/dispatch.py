@@ -36,8 +36,9 @@ TABLE = {
 # Fastest first; an implementation that raises NotImplementedError lets the next one try.
 PREFERENCE = {"gpu": ("mosaic_gpu", "triton", "xla")}
 KERNELS_IN_INTERPRET_MODE = ("triton", "xla")
-# Compute capability from which Mosaic GPU works: Hopper.
-_MOSAIC_GPU_FROM = 9.0
+# Major compute capabilities of devices that Mosaic GPU and the kernels' shared memory are for: Hopper, data centre
+# Blackwell.
+_MOSAIC_GPU = ("9", "10")
 # Of an H100, where the device does not say.
 _MULTIPROCESSORS = 132
 
@@ -56,8 +57,11 @@ def candidates(operation: str, implementation: str | None, interpret: bool) -> t
 def named(operation: str, implementation: str | None) -> str | None:
     """For callers that name one implementation for several operations: what to ask this one for.
 
-    Where it has no Mosaic GPU kernel, the best there is; where no Triton kernel, plain JAX (around Triton kernels).
+    "mosaic_gpu" names decoding's kernels; what else there is to do (a prompt's encoding) is done by the best there is.
+    Where an operation has no Triton kernel, plain JAX.
     """
+    if implementation == "mosaic_gpu" and operation == "vq_encode":  # which serves few tokens only
+        return None
     if implementation is None or implementation in TABLE[operation]:
         return implementation
     return None if implementation == "mosaic_gpu" else "xla"
@@ -71,7 +75,8 @@ def multiprocessors() -> int:
 
 @functools.cache
 def _has_mosaic_gpu() -> bool:
-    return float(getattr(jax.devices()[0], "compute_capability", None) or 0) >= _MOSAIC_GPU_FROM
+    capability = getattr(jax.devices()[0], "compute_capability", None)
+    return str(capability).split(".")[0] in _MOSAIC_GPU  # "9.0"; AMD's are names
 
 
 def call(

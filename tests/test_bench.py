@@ -33,6 +33,7 @@ def test_every_layer_attends_to_all_tokens(bench):
     codes = [np.asarray(cache.store.key_codes) for cache in state.caches]
     assert all(len(np.unique(layer[:, :, :190])) > 100 for layer in codes)
 
+    @jax.jit
     def logits(caches):
         one = jnp.zeros((1, 1), jnp.int32)
         return engine.decoder.apply({"params": bench.params}, one, one + 200, caches, decode=True)[0]

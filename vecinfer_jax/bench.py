@@ -105,6 +105,8 @@ class StepBench:
 
     def step(self, method: CacheMethod, batch: int, tokens: int, *, repeats: int = 5) -> StepTime:
         """Times a method. Raises `CapacityError` where weights, caches and the step do not fit the device."""
+        if repeats < 1:
+            raise InputError(f"repeats={repeats} must be 1 or more")
         try:
             return self._step(method, batch, tokens, repeats)
         except jax.errors.JaxRuntimeError as error:

@@ -185,8 +185,6 @@ def bench(
     from vecinfer_jax.models.language_model import load, resolve_dtype
 
     chosen = [(text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer"]]
-    if repeats < 1:
-        raise InputError(f"repeats={repeats} must be 1 or more")
     _check_output(json_out)
     if model in SHAPES:
         steps = StepBench(SHAPES[model], dtype=resolve_dtype(dtype))

@@ -23,7 +23,8 @@ def within_warp(values: Sequence[Reg]) -> list[Reg]:
 
 def across_warps(vector: Pointer, pair: Reg, dim: int) -> list[Reg]:
     """Elements 2 pair and 2 pair + 1 of a vector of `dim`, from what `within_warp` left of all of it in shared memory
-    as float32; with the norm."""
+    as float32; with the norm. `dim` is 64, 128 or 256."""
+    assert dim in (64, 128, 256)
     out = [f32(0.0), f32(0.0)]
     for part in range(dim // _OF_WARP):
         both = u32(part) & (pair >> 5)

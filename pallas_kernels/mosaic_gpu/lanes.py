@@ -134,10 +134,6 @@ def f32(x: float) -> Reg:
     return Reg(arith.constant(_f32(), x))
 
 
-def true() -> Reg:
-    return Reg(arith.constant(ir.IntegerType.get_signless(1), 1))
-
-
 def thread() -> Reg:
     """This thread's number in its block."""
     return Reg(utils.thread_idx())

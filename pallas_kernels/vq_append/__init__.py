@@ -1,9 +1,11 @@
 """A decoded token goes into a coded cache with a residual window (VecInfer, section 3.3: arXiv 2510.06175)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int32, UInt8
 
-from pallas_kernels import dispatch
+from pallas_kernels import dispatch, packing
+from pallas_kernels.vq_encode import check
 
 
 def vq_append(
@@ -51,20 +53,31 @@ def vq_append(
         ValueError: shapes or dtypes that do not belong together.
         NotImplementedError: the named implementation does not serve this format.
     """
+    if k.ndim != 3:
+        raise ValueError(f"vq_append: k must be [B, H, D], got {k.shape}")
     batch, heads, dim = k.shape
     window, slots = ring_keys.shape[2:3], key_codes.shape[2:3]
-    for name, array, want in (
-        ("v", v, (batch, heads, dim)),
-        ("ring_keys", ring_keys, (batch, heads, *window, dim)),
-        ("ring_values", ring_values, (batch, heads, *window, dim)),
-        ("key_codes", key_codes[..., 0], (batch, heads, *slots)),
-        ("value_codes", value_codes[..., 0], (batch, heads, *slots)),
-        ("positions", positions, (batch,)),
+    row = jax.ShapeDtypeStruct((batch, 1, heads, dim), ring_keys.dtype)
+    check("vq_append", row, key_codebook, None, mean, scale, matrix, hadamard)
+    check("vq_append", row, value_codebook)
+    pitches = [
+        packing.num_bytes(dim // b.shape[2], b.shape[1].bit_length() - 1) for b in (key_codebook, value_codebook)
+    ]
+    for name, array, want, dtype in (
+        ("v", v, (batch, heads, dim), v.dtype),
+        ("ring_keys", ring_keys, (batch, heads, *window, dim), ring_keys.dtype),
+        ("ring_values", ring_values, (batch, heads, *window, dim), ring_keys.dtype),
+        ("key_codes", key_codes, (batch, heads, *slots, pitches[0]), jnp.uint8),
+        ("value_codes", value_codes, (batch, heads, *slots, pitches[1]), jnp.uint8),
+        ("positions", positions, (batch,), jnp.int32),
     ):
-        if array.shape != want:
-            raise ValueError(f"vq_append: {name} must be {want} for k {k.shape}, got {array.shape}")
-    if positions.dtype != jnp.int32 or sink < 0:
-        raise ValueError(f"vq_append: positions must be int32 and sink 0 or more, got {positions.dtype} and {sink}")
+        if array.shape != want or array.dtype != dtype:
+            raise ValueError(
+                f"vq_append: {name} must be {jnp.dtype(dtype).name}{list(want)} for k {k.shape} and ring_keys "
+                f"{ring_keys.dtype}{list(ring_keys.shape)}, got {array.dtype}{list(array.shape)}"
+            )
+    if sink < 0:
+        raise ValueError(f"vq_append: sink must be 0 or more, got {sink}")
     return dispatch.call(
         "vq_append", implementation, interpret,
         k, v, positions, ring_keys, ring_values, key_codes, value_codes, key_codebook, value_codebook,

@@ -36,7 +36,7 @@ def vq_append(
     if not all(encoding.serves(dim, book) for book in (key_codebook, value_codebook)) or key_codes.shape[2] == 0:
         raise NotImplementedError(
             f"vq_append: the mosaic_gpu kernel does not serve D={dim} with codebooks {key_codebook.shape}, "
-            f"{value_codebook.shape}, and needs a coded slot"
+            f"{value_codebook.shape} (see vq_encode), nor a cache without a coded slot"
         )
     dtype = ring_keys.dtype
     key, key_arrays = encoding.prepare(dtype, key_codebook, mean, scale, matrix, hadamard, dim)
@@ -71,6 +71,11 @@ def _append(
     of_value: int,
     *rest: Any,
 ) -> None:
+    """Block 2 row + side: side 0 is the key, 1 the value, of row batch * heads + head.
+
+    rest: k, v [B, H, D]; positions [B]; what `encode` reads for keys, then for values; the rings [B, H, window, D] if
+    there are any; key and value codes [B, H, slots, bytes]; shared memory; the block.
+    """
     k, v, positions, *arrays, shared, block = rest
     key_arrays, value_arrays = arrays[:of_key], arrays[of_key : of_key + of_value]
     *rings, key_codes, value_codes = arrays[of_key + of_value :]

@@ -37,8 +37,9 @@ def vq_append(
         )
     slots = positions - window - sink
     transform: dict[str, Any] = {"mean": mean, "scale": scale, "matrix": matrix, "hadamard": hadamard}
-    new_k = vq_encode(leaving_k[:, None], key_codebook, **transform, interpret=interpret)[:, :, 0]
-    new_v = vq_encode(leaving_v[:, None], value_codebook, interpret=interpret)[:, :, 0]
+    how: dict[str, Any] = {"implementation": None if interpret else "xla", "interpret": interpret}
+    new_k = vq_encode(leaving_k[:, None], key_codebook, **transform, **how)[:, :, 0]
+    new_v = vq_encode(leaving_v[:, None], value_codebook, **how)[:, :, 0]
     return ring_keys, ring_values, _write(key_codes, new_k, slots), _write(value_codes, new_v, slots)
 
 

@@ -37,13 +37,16 @@ def vq_decode_attention(
     Args:
         q: queries; in the basis of the coded keys, if the two next do not bring them there.
         key_codes, value_codes: packed as `vq_encode` returns them.
-        key_codebook, value_codebook: a codebook for every KV head, or one for all (first axis 1).
+        key_codebook, value_codebook: a codebook for every KV head, or one for all (first axis 1), rounded to q.dtype
+            unless they are float8_e4m3fn. Mosaic GPU multiplies an fp8 table in float16: a query element beyond 65504
+            overflows there.
         lengths: tokens that count in each row, 0 to S.
         scale: factor on the scores, usually 1/sqrt(D).
         query_scale, query_hadamard: multiply the queries of each KV head's group by a factor for every element, and
             then by the normalised Walsh-Hadamard matrix, in float32, rounded to q.dtype.
-        exact: further tokens, attended to as they are in the same softmax (a residual window, sinks).
-        exact_q: the queries for those, in the basis of their keys.
+        exact: further tokens, attended to as they are in the same softmax (a residual window, sinks); keys and
+            values of any float type, multiplied as that type and exact_q's are.
+        exact_q: the queries for those, in the basis of their keys, of q's shape.
         num_splits: programs that share a row; None lets the kernel choose. Affects speed and rounding only.
         implementation: "mosaic_gpu", "triton", "xla", or None for the best on the default device.
         interpret: run the Pallas kernel in interpret mode (on a CPU, for tests).

@@ -12,7 +12,7 @@ from pallas_kernels import split_k
 
 
 class ExactTokens(NamedTuple):
-    """Keys and values of W tokens, and which of them count."""
+    """Keys and values of W tokens (of the model's dtype), and which of them count."""
 
     keys: Float[Array, "B Hkv W D"]
     values: Float[Array, "B Hkv W D"]
@@ -41,14 +41,7 @@ def attend_exactly(
     """One query a sequence over those tokens that count; 0 and `split_k.EMPTY` where none does."""
     batch, query_heads, dim = q.shape
     kv_heads = tokens.keys.shape[1]
-    precision = lax.Precision.HIGHEST if q.dtype == jnp.float32 else None
     valid = tokens.valid[:, None, None]
-
-    def product(terms: str, a: Array, b: Array) -> Array:
-        if jax.default_backend() == "cpu":  # which cannot multiply all 16-bit operands
-            a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-        return jnp.einsum(terms, a, b, precision=precision, preferred_element_type=jnp.float32)
-
     grouped = q.reshape(batch, kv_heads, -1, dim)
     scores = jnp.where(valid, scale * product("bhgd,bhwd->bhgw", grouped, tokens.keys.astype(q.dtype)), split_k.EMPTY)
     top = jnp.max(scores, axis=-1, keepdims=True)
@@ -60,3 +53,11 @@ def attend_exactly(
     output = product("bhgw,bhwd->bhgd", weights, tokens.values)
     lse = jnp.where(some, top[..., 0] + jnp.log(safe), split_k.EMPTY)
     return output.reshape(q.shape), lse.reshape(batch, query_heads)
+
+
+def product(terms: str, a: Array, b: Array) -> Array:
+    """An einsum summed in float32. A CPU cannot multiply all 16-bit operands so: there they are float32, too."""
+    if jax.default_backend() == "cpu":
+        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    return jnp.einsum(terms, a, b, precision=precision, preferred_element_type=jnp.float32)

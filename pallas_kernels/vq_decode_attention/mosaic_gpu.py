@@ -188,9 +188,9 @@ def vq_decode_attention(
         raise NotImplementedError("vq_decode_attention: mosaic_gpu has no interpret mode")
     formats = [_format(q, codebook) for codebook in (key_codebook, value_codebook)]
     exact = [tokens for tokens in exact if tokens.keys.shape[2]]
-    operands = [_operand(tokens.keys.dtype) for tokens in exact]
-    _check_supported(q, group, scale, formats, operands)
-    if rows * group * tokens == 0 and not exact:
+    _check_supported(q, group, scale, formats)
+    operands = [_exact_operand(tokens) for tokens in exact]
+    if rows * group == 0 or (tokens == 0 and not exact):
         return jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
 
     config = config or choose_config(rows, tokens, group, formats, num_splits)
@@ -215,6 +215,8 @@ def vq_decode_attention(
         scale=abs(scale) * _LOG2_E,
         config=config,
     )
+    if problem.shared_bytes > _SHARED_BYTES:
+        raise NotImplementedError(f"vq_decode_attention: {batch} rows leave no shared memory to the mosaic_gpu kernel")
     if rows * -(-tokens // tile) * config.blocks >= 2**32 or tokens * max(f.pitch for f in formats) >= 2**32:
         raise NotImplementedError(f"vq_decode_attention: the mosaic_gpu kernel cannot address codes {key_codes.shape}")
     books = [_words(book, form) for book, form in zip((key_codebook, value_codebook), formats, strict=True)]
@@ -252,24 +254,31 @@ def _format(q: Array, codebook: Array) -> Format:
     return Format(q.shape[-1], length, entries.bit_length() - 1, "fp8" if codebook.dtype == _FP8 else sixteen)
 
 
-def _check_supported(q: Array, group: int, scale: float, formats: Sequence[Format], operands: Sequence[str]) -> None:
-    if any(operand not in ("bf16", "f16") for operand in operands):
-        raise NotImplementedError(
-            f"vq_decode_attention: the mosaic_gpu kernel reads exact tokens of 16 bits, not {operands}"
-        )
+def _check_supported(q: Array, group: int, scale: float, formats: Sequence[Format]) -> None:
     for form in formats:
         served = form.dim in _HEAD_DIMS and form.length in _SUB_VECTORS and form.bits in _CODE_BITS
         served &= form.pitch % 4 == 0 and form.size >= 4
         if not served or group > _MOST_HEADS or jnp.dtype(q.dtype).itemsize != 2 or scale == 0:
             raise NotImplementedError(
                 f"vq_decode_attention: the mosaic_gpu kernel serves 16-bit queries, D in {_HEAD_DIMS}, d in "
-                f"{_SUB_VECTORS}, {_CODE_BITS} bits and up to {_MOST_HEADS} query heads a KV head, not {q.dtype}, "
-                f"D={form.dim}, d{form.length}b{form.bits}, {group} heads"
+                f"{_SUB_VECTORS}, {_CODE_BITS} bits, codes of whole 32-bit words a token, centroids of 4 bytes or more "
+                f"and up to {_MOST_HEADS} query heads a KV head, not {q.dtype}, D={form.dim}, "
+                f"d{form.length}b{form.bits}, {group} heads"
             )
 
 
 def _operand(dtype: Any) -> str:
     return {"bfloat16": "bf16", "float16": "f16"}.get(jnp.dtype(dtype).name, str(dtype))
+
+
+def _exact_operand(tokens: ExactTokens) -> str:
+    operands = {_operand(array.dtype) for array in (tokens.keys, tokens.values)}
+    if operands not in ({"bf16"}, {"f16"}):
+        raise NotImplementedError(
+            "vq_decode_attention: the mosaic_gpu kernel reads exact keys and values of one 16-bit type, not "
+            f"{tokens.keys.dtype} and {tokens.values.dtype}"
+        )
+    return operands.pop()
 
 
 def _queries(q: Float[Array, "B Hq D"], scale: float, kv_heads: int, operand: str) -> Array:
@@ -297,7 +306,8 @@ def _tables(formats: Sequence[Format], group: int, batch: int, config: Config) -
     room = _SHARED_BYTES - _merge_bytes(key.dim, group, config) - Schedule.shared_bytes(batch)
     runs = [_LINE, _LINE]
     while sum(form.entries * run for form, run in zip(formats, runs, strict=True)) > room:
-        sizes = [form.entries * run if run > form.size else 0 for form, run in zip(formats, runs, strict=True)]
+        # Entries are stored 16 bytes at a time.
+        sizes = [form.entries * run if run > 16 else 0 for form, run in zip(formats, runs, strict=True)]
         if not any(sizes):
             raise NotImplementedError("vq_decode_attention: these codebooks do not fit into shared memory")
         runs[sizes.index(max(sizes))] //= 2
@@ -365,8 +375,11 @@ class Schedule:
                 lanes.store(at(shared, (lane + first) << 2), [end])
             self.ends.append(end)
         lanes.barrier()
-        self.of_head = before.maximum(1)  # without a token nothing is divided by nothing
         self.total = before * p.kv_heads
+        self.of_head = before.maximum(1)  # without any tile, as if there were one a head: nothing to divide by 0
+        self.shared = self.of_head * p.kv_heads
+        # Blocks that share the tiles: each has one, unless there is none at all.
+        self.blocks = self.shared.minimum(p.config.blocks)
 
     @staticmethod
     def shared_bytes(batch: int) -> int:
@@ -398,16 +411,12 @@ class Schedule:
         ]
         return head * self.problem.batch + lanes.reduce(Reg.__add__, passed)
 
-    def blocks(self) -> Reg:
-        """Blocks that share the tiles: none goes without, unless there are fewer tiles."""
-        return (self.of_head * self.problem.kv_heads).minimum(self.problem.config.blocks)
-
     def share(self, block: Reg) -> Reg:
         """The first tile of a block; past the last one for a block that has none."""
-        return (block * (self.of_head * self.problem.kv_heads) // self.blocks()).minimum(self.total)
+        return (block * self.shared // self.blocks).minimum(self.total)
 
     def block_of(self, tile: Reg) -> Reg:
-        return ((tile + 1) * self.blocks() - 1) // (self.of_head * self.problem.kv_heads)
+        return ((tile + 1) * self.blocks - 1) // self.shared
 
 
 def _attend_block(p: Problem, q, key_book, value_book, key_codes, value_codes, lengths, *rest: Any) -> None:
@@ -464,14 +473,10 @@ def _fill(p: Problem, table: Table, shared: Pointer, codebook: Pointer, head: Re
     chunks = form.entries * table.run // 16
     for i in range(-(-chunks // p.threads)):
         chunk = (thread + i * p.threads).minimum(chunks - 1)  # the last ones may be stored twice
-        if table.run >= 16:
-            each = table.run // 16
-            entry, copy = chunk // each, chunk % each
-            centroid = lanes.load(at(book, entry * form.size), words)
-            target = entry * table.stride + copy * 16
-            lanes.store(at(shared, table.offset, target), centroid * (4 // words))
-        else:  # one copy of entries of less than 16 bytes: as in memory
-            lanes.store(at(shared, table.offset, chunk * 16), lanes.load(at(book, chunk * 16), 4))
+        each = table.run // 16
+        entry, copy = chunk // each, chunk % each
+        centroid = lanes.load(at(book, entry * form.size), words)
+        lanes.store(at(shared, table.offset, entry * table.stride + copy * 16), centroid * (4 // words))
 
 
 # -- codes and what they stand for

@@ -46,7 +46,7 @@ def vq_encode(
         ValueError: shapes or dtypes that do not belong together, matrix and hadamard at once.
         NotImplementedError: the named implementation does not serve this format.
     """
-    _check(x, codebook, rope, mean, scale, matrix, hadamard)
+    check("vq_encode", x, codebook, rope, mean, scale, matrix, hadamard)
     without: tuple[str, ...] = ()
     if implementation is None and not interpret and x.shape[1] == 1:
         # A decoded token: a program of the Triton kernel would wait for itself at every step, one fusion is faster.
@@ -59,30 +59,31 @@ def vq_encode(
     )  # fmt: skip
 
 
-def _check(x, codebook, rope, mean, scale, matrix, hadamard) -> None:
+def check(operation: str, x, codebook, rope=None, mean=None, scale=None, matrix=None, hadamard=False) -> None:
+    """Raises ValueError, in one line, where arguments of an encoding do not belong together."""
     if x.ndim != 4 or jnp.dtype(x.dtype).name not in _DTYPES:
-        raise ValueError(f"vq_encode: x must be [B, S, H, D] of {_DTYPES}, got {x.dtype}{list(x.shape)}")
+        raise ValueError(f"{operation}: x must be [B, S, H, D] of {_DTYPES}, got {x.dtype}{list(x.shape)}")
     batch, tokens, heads, dim = x.shape
     if codebook.ndim != 3 or codebook.shape[0] not in (1, heads):
-        raise ValueError(f"vq_encode: codebook must be [{heads} or 1, K, d] for x {x.shape}, got {codebook.shape}")
+        raise ValueError(f"{operation}: codebook must be [{heads} or 1, K, d] for x {x.shape}, got {codebook.shape}")
     entries, length = codebook.shape[1:]
     bits = entries.bit_length() - 1
     if entries != 2**bits or not 1 <= bits <= packing.MAX_BITS:
-        raise ValueError(f"vq_encode: K must be a power of two, 2 to 65536, got codebook {codebook.shape}")
+        raise ValueError(f"{operation}: K must be a power of two, 2 to 65536, got codebook {codebook.shape}")
     if length < 1 or dim % length:
-        raise ValueError(f"vq_encode: D={dim} is no multiple of d={length}; take a codebook that divides it")
+        raise ValueError(f"{operation}: D={dim} is no multiple of d={length}; take a codebook that divides it")
     if matrix is not None and hadamard:
-        raise ValueError("vq_encode: matrix and hadamard=True exclude each other; multiply the matrix by H")
+        raise ValueError(f"{operation}: matrix and hadamard=True exclude each other; multiply the matrix by H")
     if hadamard and dim & (dim - 1):
-        raise ValueError(f"vq_encode: hadamard=True needs a power-of-two head dimension, got x {x.shape}")
+        raise ValueError(f"{operation}: hadamard=True needs a power-of-two head dimension, got x {x.shape}")
     if rope is not None:
         angles = (batch, tokens, dim // 2)
         if dim % 2 or len(rope) != 2 or any(part.shape != angles for part in rope):
-            raise ValueError(f"vq_encode: rope must be (cos, sin) of {angles}, got {[p.shape for p in rope]}")
+            raise ValueError(f"{operation}: rope must be (cos, sin) of {angles}, got {[p.shape for p in rope]}")
     for name, array, want in (
         ("mean", mean, (heads, dim)),
         ("scale", scale, (heads, dim)),
         ("matrix", matrix, (heads, dim, dim)),
     ):
         if array is not None and array.shape != want:
-            raise ValueError(f"vq_encode: {name} must have shape {want} for x {x.shape}, got {array.shape}")
+            raise ValueError(f"{operation}: {name} must have shape {want} for x {x.shape}, got {array.shape}")

@@ -104,8 +104,8 @@ def vq_encode(
     if not serves(dim, codebook) or rope is not None or batch * tokens > _MOST_TOKENS:
         raise NotImplementedError(
             f"vq_encode: the mosaic_gpu kernel serves up to {_MOST_TOKENS} tokens without rope, D in {_HEAD_DIMS}, d "
-            f"in {_SUB_VECTORS}, K of 128 or more, not {batch * tokens} tokens, rope={rope is not None}, D={dim}, "
-            f"d={length}, K={entries}"
+            f"in {_SUB_VECTORS}, K of 128 or more, codes of whole 32-bit words a token, not {batch * tokens} tokens, "
+            f"rope={rope is not None}, D={dim}, d={length}, K={entries}"
         )
     if batch * tokens * heads == 0:
         return jnp.zeros((batch, heads, tokens, pitch), jnp.uint8)

@@ -34,7 +34,7 @@ def assert_same_cache(a, b, method, lengths):
             np.testing.assert_array_equal(
                 np.asarray(getattr(a.store, field))[row, :, :n], np.asarray(getattr(b.store, field))[row, :, :n]
             )
-    tokens_a, tokens_b = method._exact_tokens(a), method._exact_tokens(b)
+    tokens_a, tokens_b = method._joined_exact_tokens(a), method._joined_exact_tokens(b)
     np.testing.assert_array_equal(tokens_a.positions, tokens_b.positions)
     held = np.asarray(tokens_a.positions >= 0)[:, None, :, None]
     for x, y in ((tokens_a.keys, tokens_b.keys), (tokens_a.values, tokens_b.values)):

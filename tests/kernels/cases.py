@@ -41,7 +41,8 @@ class Decode:
     @property
     def hopper(self) -> bool:
         """Whether the Mosaic GPU kernel serves it."""
-        return self.dtype != "float32" and {self.key[1], self.value[1]} <= {8, 10, 12}
+        whole = all(self.dim // length * bits % 32 == 0 for length, bits in (self.key, self.value))
+        return whole and self.dtype != "float32" and {self.key[1], self.value[1]} <= {8, 10, 12}
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         rng = np.random.default_rng(seed)
@@ -71,6 +72,7 @@ DECODE = [
     Decode(dim=64, group=2, key=(2, 4), value=(8, 9), dtype="float32", lengths=(20,), tokens=20),
     Decode(dim=64, group=2, dtype="float16", lengths=(0, 20), tokens=20, shared=True),
     Decode(dim=128, group=12, key=(4, 12), value=(4, 10), lengths=(3, 40), tokens=40),
+    Decode(dim=64, group=2, key=(8, 10), value=(4, 8), lengths=(3, 40), tokens=40),
 ]
 
 # On a device: the tiles' edges again, compiled, and long rows.
@@ -150,6 +152,7 @@ ENCODE = [
     Encode(dim=64, format=(2, 4), dtype="float16", tokens=1),
     Encode(dim=256, format=(8, 8), transform="hadamard", tokens=1, batch=1),
     Encode(dim=128, format=(4, 12), transform="hadamard", tokens=1, shared=True),
+    Encode(dim=128, format=(2, 8), transform="hadamard", tokens=1, batch=1),
 ]
 
 ENCODE_ON_DEVICE = [

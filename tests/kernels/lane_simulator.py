@@ -1,7 +1,8 @@
 """Runs kernels written with `pallas_kernels.mosaic_gpu.lanes` on a CPU: the same names, in numpy.
 
-A warp is a Python thread, a register an array over its 32 lanes; shared and global memory are arrays of bytes whose
-bounds and alignment every access is checked against. Slow, so for small shapes only.
+A warp is a Python thread, a register an array over its 32 lanes. What a device leaves undefined fails here: accesses
+out of bounds or not aligned, warps that touch the same bytes with no barrier between (one of them writing), exchanges
+between lanes that are not all there. Memory that nobody wrote holds noise. Slow, so for small shapes only.
 """
 
 import contextlib
@@ -15,16 +16,52 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import dispatch
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
 from pallas_kernels.vq_decode_attention import mosaic_gpu as _attention  # noqa: F401
 
 LANES = 32
+MULTIPROCESSORS = 5
+_BARRIERS = 10**6  # more than a block has
 _local = threading.local()
 
 
+class Memory:
+    """Bytes, and for each the warp that last wrote and read it, and between which barriers (-2: several warps)."""
+
+    def __init__(self, content, writable=True):
+        self.content, self.writable = content, writable
+        if writable:
+            self.lock = threading.Lock()
+            self.wrote, self.read = (np.full((2, content.size), -1) for _ in range(2))  # fmt: skip - rows: epoch, warp
+
+    def load(self, places):
+        if self.writable:
+            with self.lock:
+                epoch, warp = self.wrote[:, places]
+                assert not ((epoch == _local.epoch) & (warp != _local.warp)).any(), "read after a write, no barrier"
+                epoch, warp = self.read[:, places]
+                several = (epoch == _local.epoch) & (warp != _local.warp)
+                self.read[1, places] = np.where(several, -2, _local.warp)
+                self.read[0, places] = _local.epoch
+        return self.content[places]
+
+    def store(self, places, values):
+        assert self.writable, "a store into an input"
+        with self.lock:
+            epoch, warp = self.read[:, places]
+            assert not ((epoch == _local.epoch) & (warp != _local.warp)).any(), "write after a read, no barrier"
+            epoch, warp = self.wrote[:, places]
+            clash = (epoch == _local.epoch) & (warp != _local.warp) & (self.content[places] != values)
+            assert not clash.any(), "two warps write different values, no barrier"
+            self.content[places] = values
+            assert (self.content[places] == values).all(), "two lanes write different values"
+            self.wrote[0, places], self.wrote[1, places] = _local.epoch, _local.warp
+
+
 class Pointer:
-    """`memory` is bytes; `offset` an int or an int64 of each lane."""
+    """`offset` is an int or an int64 of each lane."""
 
     def __init__(self, memory, offset=0):
         self.memory, self.offset = memory, offset
@@ -120,6 +157,11 @@ def warp():
 def barrier():
     assert _local.active.all(), "a barrier where some lanes do not come"
     _local.barrier.wait(timeout=60)
+    _local.epoch += 1
+
+
+def _whole_warp():
+    assert _local.active.all() or not _local.active.any(), "an exchange between lanes that are not all there"
 
 
 # -- instructions
@@ -177,10 +219,13 @@ def widen_fp8(word):
 
 
 def transpose_8x8(x):
+    _whole_warp()
     return Reg(x.value.view(np.uint16).reshape(8, 8).T.copy().view(np.uint32).reshape(LANES))
 
 
 def mma(c, a, b, kind):
+    _whole_warp()
+
     def halves(register):  # [row, column]
         return register.value.view(_half(kind)).astype(np.float32).reshape(8, 8)
 
@@ -192,23 +237,28 @@ def mma(c, a, b, kind):
 
 
 def exchange(x, distance):
+    _whole_warp()
     return Reg(x.value[np.arange(LANES) ^ distance])
 
 
 def from_below(x, distance):
+    _whole_warp()
     lane = np.arange(LANES)
     return Reg(x.value[np.where(lane < distance, lane, lane - distance)])
 
 
 def of_lane(x, lane):
+    _whole_warp()
     return Reg(np.full(LANES, x.value[lane]))
 
 
 def any_lane(p):
+    _whole_warp()
     return Reg(np.full(LANES, p.value.any()))
 
 
 def count_lanes(p):
+    _whole_warp()
     return u32(int(p.value.sum()))
 
 
@@ -230,14 +280,14 @@ def _places(pointer, count):
     offsets = np.broadcast_to(np.asarray(pointer.offset, np.int64), LANES)
     active = offsets[_local.active]
     assert (active % (4 * count) == 0).all(), f"{count} words at {active}"
-    assert (active >= 0).all() and (active + 4 * count <= pointer.memory.size).all(), (active, pointer.memory.size)
-    return offsets[:, None] + np.arange(4 * count)
+    size = pointer.memory.content.size
+    assert (active >= 0).all() and (active + 4 * count <= size).all(), (active, size)
+    return active[:, None] + np.arange(4 * count)
 
 
 def load(pointer, count):
-    places = _places(pointer, count)
     words = np.zeros((LANES, count), np.uint32)
-    words[_local.active] = pointer.memory[places[_local.active]].view(np.uint32)
+    words[_local.active] = pointer.memory.load(_places(pointer, count)).view(np.uint32)
     return [Reg(words[:, i].copy()) for i in range(count)]
 
 
@@ -247,7 +297,7 @@ def load_stream(pointer, offset, count):
 
 def store(pointer, words):
     values = np.stack([word.value.view(np.uint32) for word in words], -1).view(np.uint8)
-    pointer.memory[_places(pointer, len(words))[_local.active]] = values[_local.active]
+    pointer.memory.store(_places(pointer, len(words)), values[_local.active])
 
 
 # -- control flow
@@ -290,15 +340,15 @@ def launch(body, inputs, out_type, *, in_place=(), blocks, warpgroups, shared_by
     kinds = [*(jax.ShapeDtypeStruct(a.shape, a.dtype) for a in in_place), *out_type]
 
     def run(*arrays):
-        memories = [np.frombuffer(np.asarray(a).tobytes(), np.uint8).copy() for a in arrays]
+        contents = [np.frombuffer(np.asarray(a).tobytes(), np.uint8).copy() for a in arrays]
         rng = np.random.default_rng(0)
-        # What nothing stores stays undefined: here, noise.
-        memories += [rng.integers(0, 256, kind.size * kind.dtype.itemsize, np.uint8) for kind in out_type]
+        contents += [rng.integers(0, 256, kind.size * kind.dtype.itemsize, np.uint8) for kind in out_type]
+        memories = [Memory(content, writable=i >= len(inputs)) for i, content in enumerate(contents)]
         for block in range(blocks):
-            shared = [rng.integers(0, 256, shared_bytes, np.uint8)] if shared_bytes else []
+            shared = [Memory(rng.integers(0, 256, shared_bytes, np.uint8))] if shared_bytes else []
             pointers = [Pointer(memory) for memory in (*memories, *shared)]
             _run_block(body, pointers, block, 4 * warpgroups)
-        return [m.view(t.dtype).reshape(t.shape) for m, t in zip(memories[len(inputs) :], kinds, strict=True)]
+        return [m.view(t.dtype).reshape(t.shape) for m, t in zip(contents[len(inputs) :], kinds, strict=True)]
 
     return jax.pure_callback(run, kinds, *map(jnp.asarray, (*inputs, *in_place)), vmap_method="sequential")
 
@@ -308,6 +358,7 @@ def _run_block(body, pointers, block, warps):
 
     def run(warp):
         _local.warp, _local.barrier, _local.active = warp, barrier, np.ones(LANES, bool)
+        _local.epoch = block * _BARRIERS
         try:
             body(*pointers, u32(block))
         except threading.BrokenBarrierError:
@@ -326,7 +377,8 @@ def _run_block(body, pointers, block, warps):
 
 
 def install(monkeypatch):
-    """Makes every kernel that is written in lanes run here."""
+    """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors."""
+    monkeypatch.setattr(dispatch, "multiprocessors", lambda: MULTIPROCESSORS)
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]
     simulated = SimpleNamespace(**{name: globals()[name] for name in names})
     for kernel in list(sys.modules.values()):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -97,12 +98,16 @@ def test_gpus_try_the_kernels_first_and_other_devices_only_the_reference(monkeyp
         assert dispatch.candidates("hadamard", None, interpret=False) == expected
 
 
-def test_mosaic_gpu_is_for_hopper_and_later(monkeypatch):
+def test_mosaic_gpu_is_for_hopper_and_data_centre_blackwell(monkeypatch):
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    for has in (True, False):
-        monkeypatch.setattr(dispatch, "_has_mosaic_gpu", lambda has=has: has)
+    capabilities = {"8.9": False, "9.0": True, "10.0": True, "12.0": False, "gfx942": False, None: False}
+    for capability, has in capabilities.items():
+        dispatch._has_mosaic_gpu.cache_clear()
+        device = SimpleNamespace(compute_capability=capability)
+        monkeypatch.setattr(jax, "devices", lambda device=device: [device])
         names = dispatch.candidates("vq_decode_attention", None, interpret=False)
         assert names == (("mosaic_gpu",) if has else ()) + ("triton", "xla")
+    dispatch._has_mosaic_gpu.cache_clear()
     assert dispatch.named("hadamard", "mosaic_gpu") is dispatch.named("hadamard", None) is None
     assert dispatch.named("vq_append", "triton") == "xla"
     assert dispatch.named("vq_decode_attention", "mosaic_gpu") == "mosaic_gpu"

@@ -15,7 +15,7 @@ CASES = [
     (128, (4, 8), (4, 8), "bfloat16", 6, 0, "hadamard"),
     (64, (8, 8), (2, 8), "float32", 5, 2, "hadamard"),
     (64, (4, 10), (8, 12), "bfloat16", 0, 3, "matrix"),
-    (128, (4, 12), (4, 8), "float16", 4, 1, ""),
+    (128, (4, 12), (2, 8), "float16", 4, 1, ""),
 ]
 # On a device, what serving models have.
 ON_DEVICE = [
@@ -101,11 +101,47 @@ def test_it_lowers_for_cuda_in_place(monkeypatch):
     assert text.count("output_operand_alias<") == 4
 
 
-def test_shapes_that_do_not_belong_together_are_refused():
-    (k, v, positions, *rest), options = arguments(*CASES[0], [7, 9])
-    for message, bad in (("v must", (k, v[:1], positions)), ("positions must", (k, v, positions[:1]))):
-        with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check"):
-            vq_append(*bad, *rest, **options)
+def test_arguments_that_do_not_belong_together_are_refused():
+    arrays, options = arguments(*CASES[0], [7, 9])
+    refused = [
+        ("v must", 1, lambda v: v[:1]),
+        ("positions must", 2, lambda p: p[:1]),
+        ("ring_values must", 4, lambda ring: ring.astype("float32")),
+        ("key_codes must", 5, lambda codes: codes[..., :16]),
+        ("value_codes must", 6, lambda codes: codes.astype("int32")),
+        ("power of two", 7, lambda book: book[:, :200]),
+        ("codebook must", 8, lambda book: jnp.concatenate([book, book])),
+    ]
+    for message, index, change in refused:
+        bad = [change(array) if i == index else array for i, array in enumerate(arrays)]
+        with pytest.raises((ValueError, TypeError), match=rf"{message}|Type-check"):
+            vq_append(*bad, **options)
+    for wrong in ({"sink": -1}, {"scale": options["scale"][:, :3]}, {"matrix": jnp.zeros((2, 128, 128))}):
+        with pytest.raises((ValueError, TypeError), match=r"vq_append: |Type-check"):
+            vq_append(*arrays, **options | wrong)
+
+
+@pytest.mark.parametrize("how", [{"implementation": "xla"}, cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
+def test_one_codebook_may_serve_all_heads(how):
+    arrays, options = arguments(*CASES[0], [7, 9])
+    shared = [*arrays[:7], arrays[7][:1], arrays[8][:1]]
+    for a, b in zip(vq_append(*shared, **options, **how), expected(*shared, **options), strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
+
+
+@pytest.mark.gpu
+def test_it_works_in_place_in_a_compiled_loop_on_a_device():
+    arrays, options = arguments(*CASES[0], [7, 9])
+
+    def step(i, state):
+        return vq_append(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options, **cases.MOSAIC_GPU)
+
+    loop = jax.jit(lambda state: jax.lax.fori_loop(0, 3, step, state), donate_argnums=0)
+    state = arrays[3:7]
+    for i in range(3):
+        state = expected(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options)
+    for a, b in zip(loop(arrays[3:7]), state, strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
 
 
 def test_it_runs_in_a_compiled_loop():

@@ -184,8 +184,10 @@ def test_exact_tokens_stand_in_the_same_softmax(dim, group, windows, how):
 
 
 @every
-@pytest.mark.parametrize(("dim", "group", "dtype"), [(128, 4, "bfloat16"), (64, 3, "float16"), (128, 10, "bfloat16")])
-@pytest.mark.parametrize("steps", ["scale", "hadamard", "both"])
+@pytest.mark.parametrize(
+    ("dim", "group", "dtype", "steps"),
+    [(128, 4, "bfloat16", "both"), (64, 3, "float16", "hadamard"), (128, 10, "bfloat16", "scale")],
+)
 def test_queries_are_brought_into_the_keys_basis(dim, group, dtype, steps, how):
     case = cases.Decode(dim=dim, group=group, dtype=dtype, lengths=(0, 33), tokens=40)
     (q, *rest), options = case.arguments()
@@ -201,6 +203,16 @@ def test_queries_are_brought_into_the_keys_basis(dim, group, dtype, steps, how):
     # A query that rounds to its other neighbour moves a score by half a per cent of an element.
     np.testing.assert_allclose(output, expected, atol=2.0**-7 * abs(oracle.float64(rest[3])).max())
     np.testing.assert_allclose(lse, expected_lse, atol=5e-3)
+
+
+def test_exact_tokens_of_two_types_are_left_to_another_implementation():
+    arrays, options = cases.Decode(lengths=(5,), tokens=40).arguments()
+    keys = jax.random.normal(jax.random.key(0), (1, 2, 8, 64), jnp.bfloat16)
+    for values in (keys.astype("float16"), keys.astype("float32")):
+        exact = [ExactTokens(keys, values, jnp.ones((1, 8), bool))]
+        with pytest.raises(NotImplementedError, match="of one 16-bit type"):
+            vq_decode_attention(*arrays, **options, exact=exact, exact_q=arrays[0], **cases.MOSAIC_GPU)
+        vq_decode_attention(*arrays, **options, exact=exact, exact_q=arrays[0])
 
 
 def test_exact_tokens_that_do_not_belong_are_refused():

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import ExactTokens, split_k
-from pallas_kernels.vq_decode_attention.exact import attend_exactly
+from pallas_kernels.vq_decode_attention.exact import attend_exactly, product
 
 QUERY_BLOCK = 256
 # Slots of a cache that a chunk of prompt reads at a time, fewer where one of these would be exceeded: elements of the
@@ -23,17 +23,6 @@ SCORE_ELEMENTS = 2**26
 # The same of a decoding step.
 DECODE_ELEMENTS = 2**22
 MASKED = -1e30
-
-
-def _highest(x: jax.Array) -> jax.lax.Precision | None:
-    return jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-
-
-def _product(terms: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    """An einsum summed in float32. A CPU cannot multiply all 16-bit operands so: there they are float32, too."""
-    if jax.default_backend() == "cpu":
-        a, b = a.astype(jnp.float32), b.astype(jnp.float32)
-    return jnp.einsum(terms, a, b, precision=_highest(a), preferred_element_type=jnp.float32)
 
 
 class Tokens(NamedTuple):
@@ -57,12 +46,12 @@ def scores(q: Float[Array, "B T Hq D"], k: Float[Array, "B Hkv S D"], scale: flo
     """Scaled float32 scores, query heads grouped by their KV head."""
     b, t, hq, d = q.shape
     grouped = q.reshape(b, t, k.shape[1], hq // k.shape[1], d)
-    return scale * _product("bthgd,bhsd->bhgts", grouped, k)
+    return scale * product("bthgd,bhsd->bhgts", grouped, k)
 
 
 def combine(p: Float[Array, "B Hkv G T S"], v: Float[Array, "B Hkv S D"]) -> Float[Array, "B T Hq D"]:
     """Weights times values, in float32."""
-    out = _product("bhgts,bhsd->bthgd", p.astype(v.dtype), v)
+    out = product("bhgts,bhsd->bthgd", p.astype(v.dtype), v)
     return out.reshape(*out.shape[:2], -1, out.shape[-1])
 
 

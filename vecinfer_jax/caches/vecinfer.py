@@ -15,6 +15,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch, hadamard, vq_append, vq_decode_attention, vq_encode
+from pallas_kernels.vq_decode_attention.queries import transform_queries
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.formats import CodeFormat
@@ -53,8 +54,8 @@ class VecInfer(VectorQuantisedMethod):
     transform:  of the keys; "smooth-hadamard" is the paper.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
-    implementation: of the kernels ("mosaic_gpu", "triton", "xla"; None: the best for the device; where a kernel has no
-        such implementation, the best there is); interpret: run Pallas kernels in interpret mode (tests).
+    implementation: of the kernels ("mosaic_gpu" for decoding in 16 bits on Hopper, "triton", "xla"; None: the best that
+        serves the device and the model); interpret: run Pallas kernels in interpret mode (tests).
     """
 
     transform: str = "smooth-hadamard"
@@ -104,14 +105,12 @@ class VecInfer(VectorQuantisedMethod):
 
     def transform_query(self, q: Float[Array, "*B Hq D"], store: VecInferStore) -> Float[Array, "*B Hq D"]:
         """q after RoPE, into the space of the coded keys; float32 arithmetic, q's dtype out."""
+        rows = q.reshape(-1, *q.shape[-2:])
+        if self.transform != "hadamard-smooth":
+            return transform_queries(rows, store.smooth, self.rotates, **self._how("hadamard")).reshape(q.shape)
         heads, dim = store.smooth.shape
-        x = q.astype(jnp.float32).reshape(*q.shape[:-2], heads, -1, dim)
-        smooth = store.smooth[:, None, :]
-        if self.transform == "hadamard-smooth":
-            x = self._rotate(x) * smooth
-        else:
-            x = self._rotate(x * smooth) if self.rotates else x * smooth
-        return x.reshape(q.shape).astype(q.dtype)
+        rotated = self._rotate(rows.astype(jnp.float32)).reshape(rows.shape[0], heads, -1, dim)
+        return (rotated * store.smooth[:, None]).reshape(q.shape).astype(q.dtype)
 
     def restore_key(self, k: Float[Array, "B Hkv S D"], store: VecInferStore) -> Float[Array, "B Hkv S D"]:
         """A decoded key back into the model's space (the inverse of the keys' transform)."""
@@ -124,9 +123,8 @@ class VecInfer(VectorQuantisedMethod):
         return hadamard(x, **self._how("hadamard"))
 
     def _how(self, operation: str) -> dict[str, Any]:
-        """How a kernel is to run: as the method says, where the operation has that implementation for any input."""
-        any_input = self.implementation != "mosaic_gpu" or operation in ("vq_append", "vq_decode_attention")
-        name = dispatch.named(operation, self.implementation) if any_input else None
+        """How an operation is to run."""
+        name = dispatch.named(operation, self.implementation)
         return {"implementation": name, "interpret": self.interpret}
 
     # -- the windowed protocol

@@ -161,7 +161,7 @@ class WindowedMethod(CacheMethod):
 
         t = jnp.arange(k.shape[1])[None, :]
         here = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], chunk.positions, -1))
-        exact = here if chunk.first else join_tokens(self._exact_tokens(cache), here)
+        exact = here if chunk.first else join_tokens(self._joined_exact_tokens(cache), here)
         if chunk.read == "coded":
             boundary, held = self.sink + self.coded_count(chunk.positions + 1), self.coded_count(updated.lengths)
         else:  # what was coded before this chunk is read from codes, all else exactly
@@ -212,7 +212,7 @@ class WindowedMethod(CacheMethod):
 
     # -- window bookkeeping
 
-    def _exact_tokens(self, cache: WindowedCache) -> Tokens:
+    def _joined_exact_tokens(self, cache: WindowedCache) -> Tokens:
         """Sinks and ring with the positions they hold; a sink that is still in the ring counts once."""
         sinks, ring = self._positions(cache)
         return join_tokens(

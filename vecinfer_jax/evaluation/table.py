@@ -103,7 +103,7 @@ class Table:
     ) -> None:
         """`passages`, `passage_length`, `samples` and `texts` are `calibrate`'s; a seed also shuffles `texts`.
 
-        `text_name` says in the rows what `texts` are (by default a hash of them does).
+        `text_name` says in the rows what `texts` are, beside their hash.
         """
         check_whole("batch", batch)
         self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
@@ -112,7 +112,8 @@ class Table:
         self._references: dict[Any, Any] = {}
         text = DEFAULT_TEXT
         if texts is not None:
-            text = text_name or hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+            digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+            text = f"{text_name} {digest}" if text_name else digest
         self._calibrated_on = self._calibrate | {"text": text}
         self._kept: dict[Any, Any] = {}
         try:
