@@ -176,11 +176,11 @@ def texts_of(args: argparse.Namespace) -> dict[str, Any]:
     if args.mixed_with is not None:
         documents = list(read_documents(args.mixed_with))
         wanted, half = sum(map(len, documents)), []
-        for paragraph in assets.paragraphs(DEFAULT_TEXT):
+        for some in itertools.batched(assets.paragraphs(DEFAULT_TEXT), 100):
             if wanted <= 0:
                 break
-            half.append(paragraph)
-            wanted -= len(paragraph)
+            half += some
+            wanted -= sum(map(len, some))
         return {"texts": documents + half, "text_name": f"{DEFAULT_TEXT} and {args.mixed_with.stem}"}
     if args.calibration_text is not None:
         return {"texts": list(read_documents(args.calibration_text)), "text_name": args.calibration_text.stem}
