@@ -212,6 +212,50 @@ def bench(
 
 
 @app.command()
+def plan(
+    methods: Annotated[
+        list[str] | None,
+        typer.Argument(help="Caches to compare; default: full vecinfer:bits=4 vecinfer vecinfer:bits=1."),
+    ] = None,
+    model: Annotated[
+        str, typer.Option(help="A model as elsewhere, or an architecture: llama-3.1-8b, llama-2-7b.")
+    ] = "llama-3.1-8b",
+    batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
+    tokens: Annotated[int, typer.Option(help="Tokens a sequence.")] = 131072,
+    memory: Annotated[float | None, typer.Option(help="Of the device, in GiB; default: this device's.")] = None,
+    dtype: Annotated[str, typer.Option(help="Of weights and windows.")] = "bfloat16",
+    json_out: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Bytes of weights and caches, whether they fit, and how many tokens would (allocates nothing on the device)."""
+    from vecinfer_jax.bench import SHAPES
+    from vecinfer_jax.models.language_model import load, resolve_dtype
+    from vecinfer_jax.plan import device_memory
+    from vecinfer_jax.plan import plan as make_plan
+
+    chosen = [
+        (text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer", "vecinfer:bits=1"]
+    ]
+    limit = int(memory * 2**30) if memory is not None else device_memory()
+    if limit is None:
+        raise InputError("this device does not say how much memory it has: give --memory, in GiB")
+    _check_output(json_out)
+    config = SHAPES[model] if model in SHAPES else load(model, dtype, progress=not quiet).config
+    rows = []
+    for text, method in chosen:
+        row = make_plan(config, method, batch=batch, tokens=tokens, memory=limit, dtype=resolve_dtype(dtype))
+        rows.append({"name": text} | dataclasses.asdict(row))
+        if json_out is None or str(json_out) != "-":
+            print(
+                f"{text:24} {row.bits_per_element:6.2f} bits  weights {row.weights_bytes / 2**30:6.2f} GiB  "
+                f"cache {row.cache_bytes['total'] / 2**30:8.2f} GiB  {'fits' if row.fits else 'does NOT fit':12} "
+                f"at most {row.most_tokens:>12,} tokens a sequence"
+            )
+    if json_out is not None:
+        _write_json(json_out, {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "rows": rows})
+
+
+@app.command()
 def calibrate(
     output: Annotated[Path, typer.Option(help="Directory for the artefact.")],
     model: Model = "smollm2-135m-instruct",

@@ -183,13 +183,7 @@ def blockwise_attention(
             # Before the first readable token this is exp(0) for every masked one; `fade` then forgets it all.
             p = jnp.exp(s - new_top[..., None])
             fade = jnp.exp(top - new_top)
-            products = jnp.einsum(
-                "bhgts,bhsd->bhgtd",
-                p.astype(tokens.values.dtype),
-                tokens.values,
-                precision=_highest(tokens.values),
-                preferred_element_type=jnp.float32,
-            )
+            products = product("bhgts,bhsd->bhgtd", p.astype(tokens.values.dtype), tokens.values)
             return new_top, total * fade + jnp.sum(p, axis=-1), out * fade[..., None] + products
 
         if count == 1:
