@@ -41,7 +41,6 @@ def has_nvidia_gpu() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    items.sort(key=lambda item: item.path.name != "test_notebook.py")  # the longest first: workers end together
     if has_nvidia_gpu():
         return
     skip = pytest.mark.skip(reason=f"needs an NVIDIA GPU; JAX runs on {jax.default_backend()} here")

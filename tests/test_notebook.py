@@ -67,6 +67,7 @@ def test_stored_outputs(notebook):
     assert not re.search(r"[\s\"'(=](?:/(?:home|Users|root|tmp|private|work|var|opt|usr|mnt)/|[A-Z]:\\\\)", text)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_runs(notebook, smollm2, tmp_path, monkeypatch):
     """Every cell runs in a fresh kernel of this interpreter, on the CPU, and the results make sense."""

@@ -48,6 +48,7 @@ _SHARED_BYTES = 226 * 1024
 _LINE = 128  # bytes of shared memory that are read at once
 _PAIRED = 2 * _LINE  # from entry to entry of two 8-bit tables side by side
 _WARP, _WARPS = 32, 4  # lanes a warp, warps a warpgroup
+_WARPGROUPS, _FEW_WARPGROUPS = 4, 2  # of a block
 _BLOCK = 8  # tokens of one tensor core operation
 _HEADS = 4  # query heads of one tensor core operation
 _SLACK = 8.0  # how far, in powers of two, a score may exceed the running maximum
@@ -241,7 +242,7 @@ def choose_config(rows: int, tokens: int, group: int, formats: Sequence[Format],
     bytes_of_block = _BLOCK * sum(form.pitch for form in formats)
     groups = 4 if bytes_of_block <= 512 else 2
     # Fewer warps where many registers a lane, or waiting for banks, is what limits them.
-    warpgroups = 2 if head_blocks > 2 or any(form.bits > 10 for form in formats) else 4
+    warpgroups = _FEW_WARPGROUPS if head_blocks > 2 or any(form.bits > 10 for form in formats) else _WARPGROUPS
     most = dispatch.multiprocessors()
     even = rows * (num_splits or most // rows)
     blocks = even if num_splits or even >= 0.9 * most else most

@@ -27,6 +27,7 @@ _SUB_VECTORS = (2, 4, 8)
 # Beyond so many tokens the Triton kernel's tensor cores win over its start.
 _MOST_TOKENS = 512
 _WARP, _WARPS = 32, 4
+_WARPGROUPS, _MANY_WARPGROUPS = 2, 4  # of a block
 _AHEAD = 4  # centroids that a lane loads before it compares
 
 
@@ -58,7 +59,7 @@ class Problem:
     @property
     def warpgroups(self) -> int:
         """More for large codebooks; at least a thread for every pair of elements."""
-        return max(self.least_warpgroups, 4 if self.entries > 512 else 2)
+        return max(self.least_warpgroups, _MANY_WARPGROUPS if self.entries > 512 else _WARPGROUPS)
 
     @property
     def warps(self) -> int:

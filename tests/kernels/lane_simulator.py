@@ -19,7 +19,8 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
-from pallas_kernels.vq_decode_attention import mosaic_gpu as _attention  # noqa: F401
+from pallas_kernels.vq_decode_attention import mosaic_gpu as attention
+from pallas_kernels.vq_encode import mosaic_gpu as encoding
 
 LANES = 32
 MULTIPROCESSORS = 5
@@ -377,8 +378,12 @@ def _run_block(body, pointers, block, warps):
 
 
 def install(monkeypatch):
-    """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors."""
+    """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors, in blocks of few
+    warps: a warp more is as much again to simulate."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda: MULTIPROCESSORS)
+    for kernel in (attention, encoding):
+        for name in ("_WARPGROUPS", "_FEW_WARPGROUPS", "_MANY_WARPGROUPS"):
+            monkeypatch.setattr(kernel, name, 1, raising=False)
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]
     simulated = SimpleNamespace(**{name: globals()[name] for name in names})
     for kernel in list(sys.modules.values()):

@@ -150,10 +150,10 @@ def test_a_scale_of_either_sign_is_meant(scale):
     np.testing.assert_allclose(lse, expected_lse, rtol=2e-5)
 
 
-@pytest.mark.parametrize("blocks", [1, 3, 7, 64])
-def test_any_number_of_blocks_shares_ragged_rows(blocks):
+@pytest.mark.parametrize(("blocks", "warpgroups"), [(1, 4), (7, 1), (64, 1)])
+def test_any_number_of_blocks_shares_ragged_rows(blocks, warpgroups):
     (q, *rest), options = cases.Decode(lengths=(0, 300, 17, 0, 64, 1), tokens=300, group=2).arguments()
-    config = mosaic_gpu.Config(groups=2, warpgroups=1, blocks=blocks)
+    config = mosaic_gpu.Config(groups=2, warpgroups=warpgroups, blocks=blocks)
     expected, expected_lse = oracle.decode_attention(q, *rest, options["scale"])
     output, lse = mosaic_gpu.vq_decode_attention(q, *rest, scale=options["scale"], config=config)
     np.testing.assert_allclose(output, expected, atol=2.0**-8 * abs(oracle.float64(rest[3])).max())
