@@ -7,6 +7,7 @@ that `peak_bytes_in_use` is that row's. `peak_bytes` is what `generate` reports 
 """
 
 import argparse
+import dataclasses
 import json
 import subprocess
 import sys
@@ -33,31 +34,17 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
     import numpy as np
 
     from vecinfer_jax import specs
+    from vecinfer_jax.bench import SHAPES, random_calibration
     from vecinfer_jax.caches import METHODS, allocated_bytes
     from vecinfer_jax.generation.engine import Engine
-    from vecinfer_jax.models import ModelConfig
-    from vecinfer_jax.models.decoder import Decoder, init_params, layer_shape
-    from vecinfer_jax.rope import Rope
+    from vecinfer_jax.models.decoder import Decoder, init_params
 
-    config = ModelConfig(
-        model_type="llama", vocab_size=1024, hidden_size=4096, intermediate_size=14336, num_layers=2,
-        num_query_heads=32, num_kv_heads=8, head_dim=128, rope=Rope(500000.0, 128), rms_norm_eps=1e-5,
-        max_position=2**20, tie_embeddings=True,
-    )  # fmt: skip
+    config = dataclasses.replace(SHAPES["llama-3.1-8b"], num_layers=2, vocab_size=1024, tie_embeddings=True)
     method = specs.parse(row["method"], METHODS, "method")
     decoder = Decoder(config, method, jnp.bfloat16)
     rng = np.random.default_rng(0)
 
-    def random_calibration() -> dict[str, np.ndarray]:
-        shape = layer_shape(config, 0, jnp.bfloat16)
-        key, value = method.key_format, method.value_format
-        return {
-            "smooth": np.ones((shape.num_kv_heads, shape.head_dim), np.float32),
-            "key_codebook": rng.normal(size=(shape.num_kv_heads, key.entries, key.length)).astype(np.float32),
-            "value_codebook": rng.normal(size=(shape.num_kv_heads, value.entries, value.length)).astype(np.float32),
-        }
-
-    calibration = [random_calibration() if method.needs_calibration else {} for _ in range(2)]
+    calibration = [random_calibration(config, method, i, jnp.bfloat16) for i in range(config.num_layers)]
     device, engine = jax.devices()[0], Engine(decoder)
 
     def in_use(what: str = "bytes_in_use") -> int:

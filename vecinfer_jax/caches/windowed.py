@@ -14,7 +14,8 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import ExactTokens, split_k
+from pallas_kernels import ExactTokens
+from pallas_kernels.vq_decode_attention.exact import merge_exact
 from vecinfer_jax.caches.attention import (
     Source,
     Tokens,
@@ -22,7 +23,6 @@ from vecinfer_jax.caches.attention import (
     causal_attention,
     coded_attention,
     join_tokens,
-    partial_attention,
     source_of,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
@@ -199,11 +199,7 @@ class WindowedMethod(CacheMethod):
     ) -> Float[Array, "B Hq D"]:
         """One query (after RoPE) a sequence over all that the cache holds. A fused kernel may stand in its place."""
         coded = self.attend(q, cache.store, self.coded_count(cache.lengths), cache.slots, layer)
-        if self.ring + self.sink == 0:
-            return coded[0]
-        recent = [partial_attention(q, *tokens, layer.scale) for tokens in self.exact_tokens(cache)]
-        outputs, lses = zip(coded, *recent, strict=True)
-        return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))[0]
+        return merge_exact(*coded, q, self.exact_tokens(cache), layer.scale)[0]
 
     def exact_tokens(self, cache: WindowedCache) -> list[ExactTokens]:
         """Sinks and ring, those of them that there are, with the slots that hold a token to be read exactly."""
