@@ -2,12 +2,15 @@
 
     python benchmarks/step.py [--output FILE] [--rows 0 1 ...] [--profile]
 
-The measurement is `vecinfer bench`'s (vecinfer_jax/bench.py); here are the shapes that the documentation shows.
+The measurement is `vecinfer bench`'s (vecinfer_jax/bench.py); here are the shapes that the documentation shows. Rows
+that the JSON file holds already and that are not run now stay in it.
 """
 
 import argparse
 import dataclasses
+import json
 from pathlib import Path
+from typing import Any
 
 import results
 
@@ -15,41 +18,50 @@ from vecinfer_jax import specs
 from vecinfer_jax.bench import SHAPES, StepBench
 from vecinfer_jax.caches import METHODS
 
+LENGTHS = (1024, 16384, 65536, 196608)
 # batch, tokens held, method
 ROWS = [
-    (1, 196608, "full"),
-    (1, 196608, "vecinfer:bits=2"),
+    *((1, tokens, method) for tokens in LENGTHS for method in ("full", "vecinfer:bits=2")),
     (12, 32768, "full"),
     (12, 32768, "vecinfer:bits=2"),
-    (1, 1024, "full"),
-    (1, 1024, "vecinfer:bits=2"),
+    *((1, 196608, f"vecinfer:bits={bits}") for bits in ("4", "3", "1.5", "1")),
+    (12, 8192, "full"),
+    (12, 8192, "vecinfer:bits=2"),
+    (64, 4096, "full"),
+    (64, 4096, "vecinfer:bits=2"),
+    (12, 32768, "vecinfer:bits=4"),
+    (1, 65536, "hadamard-int:bits=2"),
+    (1, 65536, "kivi:bits=2"),
+    (1, 3600000, "vecinfer:bits=2"),  # as many tokens as one card holds
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
-    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--output", type=Path, default=results.ROOT / results.device_name() / "step-llama-8b.json")
+    parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--profile", action="store_true", help="list the kernels of a step of the quantised caches")
+    parser.add_argument("--profile", action="store_true", help="what the device does in a step, instead of its time")
     args = parser.parse_args()
-    bench = StepBench(dataclasses.replace(SHAPES["llama-3.1-8b"], num_layers=args.layers))
-    rows = []
-
-    def keep(row: dict) -> None:
-        rows.append(row)
-        print(row, flush=True)
-        results.write("step-llama-8b", {"rows": rows}, args.output)
-
-    chosen = [ROWS[index] for index in args.rows or range(len(ROWS))]
-    for batch, tokens, name in chosen:
+    bench = StepBench(SHAPES[args.model])
+    held = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    for index in args.rows if args.rows is not None else range(len(ROWS)):
+        batch, tokens, name = ROWS[index]
         method = specs.parse(name, METHODS, "method")
-        keep({"name": name} | dataclasses.asdict(bench.step(method, batch, tokens, repeats=args.repeats)))
-    for batch, tokens, name in chosen if args.profile else []:
-        if name != "full":
-            method = specs.parse(name, METHODS, "method")
-            keep({"name": name, "batch": batch, "tokens": tokens, "kernels": bench.kernels(method, batch, tokens)})
+        row: dict[str, Any] = {"name": name, "batch": batch, "tokens": tokens}
+        if args.profile:
+            row |= {"profile": dataclasses.asdict(bench.profile(method, batch, tokens))}
+        else:
+            row |= dataclasses.asdict(bench.step(method, batch, tokens, repeats=args.repeats))
+        print(json.dumps(row), flush=True)
+        held = [old for old in held if identity(old) != identity(row)] + [row]
+        results.write("step-llama-8b", {"rows": held}, args.output)
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is a measurement of."""
+    return row["name"], row["batch"], row["tokens"], "profile" in row
 
 
 if __name__ == "__main__":

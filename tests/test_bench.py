@@ -9,7 +9,7 @@ import pytest
 
 import vecinfer_jax as vj
 from tests import small
-from vecinfer_jax.bench import MANY, SHAPES, StepBench
+from vecinfer_jax.bench import MANY, SHAPES, StepBench, step_profile
 from vecinfer_jax.errors import InputError
 
 
@@ -59,3 +59,20 @@ def test_the_named_architectures_have_their_published_sizes():
     sizes = {name: sum(x.size for x in jax.tree.leaves(param_shapes(c))) for name, c in SHAPES.items()}
     assert sizes["llama-3.1-8b"] == 8_030_261_248
     assert sizes["llama-2-7b"] == 6_738_415_616
+    assert sizes["mistral-7b"] == 7_248_023_552
+    assert sizes["qwen2.5-14b"] == 14_770_033_664
+
+
+def test_a_profile_counts_events_a_step_and_what_lies_between_them():
+    events = [("gemm_1", 0, 40), ("gemm_2", 50, 40), ("copy", 60, 40), ("gemm_1", 200, 40), ("gemm_2", 250, 50)]
+    profile = step_profile([(name, 1e3 * start, 1e3 * length) for name, start, length in events], 2)
+    assert profile.us_per_step == 150
+    assert profile.idle_us == (10 + 100 + 10) / 2
+    assert profile.events == {"gemm": {"count": 2, "us": 85}, "copy": {"count": 0.5, "us": 20}}
+
+
+@pytest.mark.gpu
+def test_a_step_is_profiled(bench):
+    profile = bench.profile(vj.VecInfer(bits=2, residual=8), 1, 200)
+    assert profile.us_per_step > profile.idle_us >= 0
+    assert sum(event["us"] for event in profile.events.values()) > 0

@@ -8,7 +8,10 @@ import dataclasses
 import functools
 import re
 import statistics
+import tempfile
 import time
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,9 +32,11 @@ from vecinfer_jax.rope import Rope
 FEW, MANY = 4, 36
 
 
-def _llama(kv_heads: int, hidden: int, feed_forward: int, layers: int, vocabulary: int, theta: float) -> ModelConfig:
+def _shapes(
+    kv_heads: int, hidden: int, feed_forward: int, layers: int, vocabulary: int, theta: float, family: str = "llama"
+) -> ModelConfig:
     return ModelConfig(
-        model_type="llama",
+        model_type=family,
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=feed_forward,
@@ -43,13 +48,16 @@ def _llama(kv_heads: int, hidden: int, feed_forward: int, layers: int, vocabular
         rms_norm_eps=1e-5,
         max_position=2**24,
         tie_embeddings=False,
+        qkv_bias=family == "qwen2",
     )
 
 
 # Architectures to be timed with random weights.
 SHAPES = {
-    "llama-3.1-8b": _llama(8, 4096, 14336, 32, 128256, 5e5),
-    "llama-2-7b": _llama(32, 4096, 11008, 32, 32000, 1e4),
+    "llama-3.1-8b": _shapes(8, 4096, 14336, 32, 128256, 5e5),
+    "llama-2-7b": _shapes(32, 4096, 11008, 32, 32000, 1e4),
+    "mistral-7b": _shapes(8, 4096, 14336, 32, 32768, 1e6, "mistral"),
+    "qwen2.5-14b": _shapes(8, 5120, 13824, 48, 152064, 1e6, "qwen2"),
 }
 
 
@@ -59,7 +67,8 @@ class StepTime:
 
     ms_per_step:  milliseconds, median of `repeats` differences between a long and a short run.
     cache_bytes:  allocated, by kind. weights_bytes: of all parameters.
-    device_bytes: what the device says is in use, 0 where it does not say.
+    device_bytes: what the device says is in use after the steps, and device_peak_bytes the most it has seen in this
+                  process; 0 where it does not say.
     """
 
     method: str
@@ -71,8 +80,23 @@ class StepTime:
     cache_bytes: dict[str, int]
     weights_bytes: int
     device_bytes: int
+    device_peak_bytes: int
     compile_seconds: float
     repeats: int
+
+
+@dataclasses.dataclass(frozen=True)
+class StepProfile:
+    """Where the time of one step goes on an NVIDIA GPU.
+
+    us_per_step: from the first event's start to the last one's end; idle_us: of that, with nothing running.
+    events:      kernels and copies by name: how often in a step, and microseconds together. Kernels that start while
+        the one before still runs count the wait.
+    """
+
+    us_per_step: float
+    idle_us: float
+    events: dict[str, dict[str, float]]
 
 
 class StepBench:
@@ -134,6 +158,7 @@ class StepBench:
             state, many = run(state, MANY)
             times.append((many - few) / (MANY - FEW) * 1e3)
         ms = statistics.median(times)
+        memory = jax.devices()[0].memory_stats() or {}
         return StepTime(
             method=repr(method),
             batch=batch,
@@ -143,29 +168,52 @@ class StepBench:
             tokens_per_second=round(batch / ms * 1e3, 1),
             cache_bytes=held,
             weights_bytes=sum(x.nbytes for x in jax.tree.leaves(self.params)),
-            device_bytes=(jax.devices()[0].memory_stats() or {}).get("bytes_in_use", 0),
+            device_bytes=memory.get("bytes_in_use", 0),
+            device_peak_bytes=memory.get("peak_bytes_in_use", 0),
             compile_seconds=round(engine.compile_seconds, 1),
             repeats=repeats,
         )
 
-    def kernels(self, method: CacheMethod, batch: int, tokens: int) -> dict[str, dict[str, float]]:
-        """What one step starts on an NVIDIA GPU: by kernel, how often and for how many microseconds together.
+    def profile(self, method: CacheMethod, batch: int, tokens: int, *, steps: int = 8) -> StepProfile:
+        """What the device does in one step of the decoding loop, as XLA's profiler saw it; an average over `steps`."""
+        engine, state = self.prepare(method, batch, tokens, FEW + steps)
+        settings, stops = Sampling().settings(), jnp.zeros((0,), jnp.int32)
+        state = jax.block_until_ready(engine.decode(self.params, state, FEW, settings, stops))
+        state = dataclasses.replace(state, step=jnp.int32(1))
+        with tempfile.TemporaryDirectory() as folder:
+            with jax.profiler.trace(folder):
+                jax.block_until_ready(engine.decode(self.params, state, 1 + steps, settings, stops))
+            files = list(Path(folder).rglob("*.xplane.pb"))
+            planes = [plane for file in files for plane in jax.profiler.ProfileData.from_file(str(file)).planes]
+        events = [
+            (event.name, event.start_ns, event.duration_ns)
+            for plane in planes
+            if plane.name.startswith("/device:GPU")
+            for line in plane.lines
+            if line.name.startswith("Stream")
+            for event in line.events
+        ]
+        return step_profile(events, steps)
 
-        The caches are not donated here, so the device holds them twice; the copies are no kernels.
-        """
-        from jax.experimental.mosaic.gpu import profiler
 
-        engine, state = self.prepare(method, batch, tokens, 1)
-
-        def step(params: Any, caches: Any, token: Any, position: Any) -> Any:
-            return engine.decoder.apply({"params": params}, token[:, None], position[:, None], caches, decode=True)
-
-        timed = profiler.measure(jax.jit(step), aggregate=False)
-        found: dict[str, list[float]] = {}
-        for kernel, ms in timed(self.params, state.caches, state.token, state.position)[1] or []:
-            found.setdefault(re.sub(r"[_.]?\d+$", "", kernel)[:60], []).append(1e3 * ms)
-        by_time = sorted(found.items(), key=lambda item: -sum(item[1]))
-        return {kernel: {"count": len(us), "us": round(sum(us), 1)} for kernel, us in by_time}
+def step_profile(events: Iterable[tuple[str, float, float]], steps: int) -> StepProfile:
+    """Sums up (name, start, duration) of a device's events, in nanoseconds, over a number of steps."""
+    by_start = sorted(events, key=lambda event: event[1])
+    found: dict[str, list[float]] = {}
+    busy, end = 0.0, 0.0
+    for name, start, duration in by_start:
+        found.setdefault(re.sub(r"[_.]?\d+$", "", name)[:80], []).append(duration)
+        busy += max(0.0, start + duration - max(start, end))
+        end = max(end, start + duration)
+    span = end - by_start[0][1] if by_start else 0.0
+    by_time = sorted(found.items(), key=lambda item: -sum(item[1]))
+    return StepProfile(
+        us_per_step=round(span / steps / 1e3, 2),
+        idle_us=round((span - busy) / steps / 1e3, 2),
+        events={
+            name: {"count": round(len(ns) / steps, 2), "us": round(sum(ns) / steps / 1e3, 2)} for name, ns in by_time
+        },
+    )
 
 
 def random_params(config: ModelConfig, dtype: Any) -> Params:
@@ -216,14 +264,20 @@ def _random_statistics(layer: LayerShape, count: int) -> LayerStatistics:
 
 
 def _filled(caches: Any, tokens: int) -> Any:
-    """The same caches with random content, `tokens` tokens a row."""
+    """The same caches with random content, `tokens` tokens a row; one array at a time is held twice at most."""
 
     def fill(x: jax.Array) -> jax.Array:
-        key = jax.random.key(x.size % 7)
         if x.dtype == jnp.uint8:
-            return jax.random.bits(key, x.shape, jnp.uint8)
-        if x.dtype == jnp.int32:
-            return jnp.full_like(x, tokens)
-        return x if x.ndim < 4 else jax.random.normal(key, x.shape, x.dtype)
+            return jax.random.bits(jax.random.key(x.size % 7), x.shape, jnp.uint8)
+        return jax.random.normal(jax.random.key(x.size % 7), x.shape, x.dtype)
 
-    return jax.tree.map(jax.jit(fill, donate_argnums=0), caches)
+    leaves, structure = jax.tree.flatten(caches)
+    fill = jax.jit(fill, static_argnums=0)
+    for i, x in enumerate(leaves):
+        if x.dtype == jnp.int32:
+            leaves[i] = jnp.full_like(x, tokens)
+        elif x.ndim == 4:
+            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            x.delete()
+            leaves[i] = fill(shape)
+    return jax.tree.unflatten(structure, leaves)

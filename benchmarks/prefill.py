@@ -1,0 +1,91 @@
+"""Long prompts at Llama-3.1-8B's shapes, random weights in bfloat16: time and peak memory with each cache.
+
+    python benchmarks/prefill.py [--output FILE] [--rows 0 1 ...]
+
+A row runs in a process of its own, so that the device's peak is that row's. `ms` is the median of several runs of the
+compiled prefill into an empty cache, the last token's logits included; `peak_bytes` is the compiler's account of it.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+# method, lengths of the prompts of the batch
+ROWS: list[tuple[str, list[int]]] = [
+    (method, lengths)
+    for lengths in ([32768], [16384, 12000, 8000, 5000])
+    for method in ("full", "vecinfer:bits=2", "vecinfer:bits=4")
+]
+REPEATS = 5
+
+
+def measure(name: str, lengths: list[int]) -> dict[str, Any]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from vecinfer_jax import specs
+    from vecinfer_jax.bench import SHAPES, random_calibration, random_params
+    from vecinfer_jax.caches import METHODS
+    from vecinfer_jax.generation.engine import Engine
+    from vecinfer_jax.models.decoder import Decoder
+
+    config = SHAPES["llama-3.1-8b"]
+    method = specs.parse(name, METHODS, "method")
+    engine = Engine(Decoder(config, method, jnp.bfloat16))
+    params = random_params(config, jnp.bfloat16)
+    calibration = [random_calibration(config, method, i, jnp.bfloat16) for i in range(config.num_layers)]
+    batch, longest = len(lengths), max(lengths)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, longest)).astype(np.int32)
+
+    def run() -> float:
+        caches = jax.block_until_ready(engine.init_caches(calibration, batch, longest + 128))
+        begin = time.perf_counter()
+        logits, caches = engine.prefill(params, caches, tokens, np.asarray(lengths, np.int32))
+        jax.block_until_ready(caches)
+        taken = time.perf_counter() - begin
+        assert np.isfinite(np.asarray(logits)).all()
+        return 1e3 * taken
+
+    run()
+    times = [run() for _ in range(REPEATS)]
+    memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "name": name,
+        "lengths": lengths,
+        "ms": round(statistics.median(times), 2),
+        "peak_bytes": engine.peak_bytes,
+        "device_peak_bytes": memory.get("peak_bytes_in_use", 0),
+        "weights_bytes": sum(x.nbytes for x in jax.tree.leaves(params)),
+        "repeats": REPEATS,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number")
+    parser.add_argument("--row", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.row is not None:
+        print(json.dumps(measure(*ROWS[args.row])))
+        return
+    import results
+
+    rows = []
+    for index in args.rows if args.rows is not None else range(len(ROWS)):
+        done = subprocess.run([sys.executable, __file__, "--row", str(index)], capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"{ROWS[index]}: {done.stderr.strip().splitlines()[-1]}")
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
+        print(rows[-1], flush=True)
+        results.write("prefill-llama-8b", {"rows": rows}, args.output)
+
+
+if __name__ == "__main__":
+    main()
