@@ -3,15 +3,16 @@
 Split-K flash decoding. A program serves one KV head of one batch row and a share of its tokens, a tile of T
 tokens at a time, for all query heads of the group (N = 8 or 16, the surplus masked):
 
-- load the tile's codes, as 32-bit words where codes are bytes;
+- load the tile's codes, as 32-bit words (of 10 and 12 bits: the five or three words that hold 16 or 8 codes);
 - look the centroids up, [T, M, d], straight from the codebook (it stays in L1), and view them as [T, D];
 - score: keys [T, D] @ q^T [D, N], so that tokens fill the tensor core's wide side and 8 columns do for the
   heads;
 - accumulate: online softmax over the tokens, then values^T [D, T] @ weights [T, N];
 - store the normalised output and its log-sum-exp; `split_k.merge` joins the splits.
 
-The row's actual length is divided among the splits, so a long, mostly empty cache costs what its tokens cost,
-and a split without tokens does nothing. What binds is L1: Triton moves every looked-up tile through shared
+Programs are numbered so that those on one multiprocessor serve one head, as far as there are enough: then its L1 holds
+one head's tables. The row's actual length is divided among the splits, so a long, mostly empty cache costs what its
+tokens cost, and a split without tokens does nothing. What binds is L1: Triton moves every looked-up tile through shared
 memory on its way to the tensor core. One warp a program and one buffering stage measured best on an H100;
 benchmarks/kernels.py times the kernel beside cuDNN's attention over a bfloat16 cache.
 """
@@ -45,6 +46,7 @@ class Config:
     tokens: int  # tokens per tile
     heads: int  # query heads per program, padded
     splits: int  # programs that share a row
+    columns: int  # programs that are started before a multiprocessor gets its second one
     num_warps: int
     num_stages: int
 
@@ -64,6 +66,7 @@ def vq_decode_attention(
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
     interpret: bool = False,
+    config: Config | None = None,
 ) -> tuple[Array, Array]:
     """`pallas_kernels.vq_decode_attention` for D from 32 to 256, sub-vectors of 2, 4 or 8, groups to 16."""
     batch, query_heads, dim = q.shape
@@ -76,10 +79,11 @@ def vq_decode_attention(
         nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
         return merge_exact(*nothing, exact_q, exact, scale)
 
-    config = choose_config(rows, tokens, dim, group, q.dtype, num_splits)
+    config = config or choose_config(rows, tokens, dim, group, q.dtype, num_splits)
+    waves = -(-rows * config.splits // config.columns)
     output, lse = pl.pallas_call(
-        functools.partial(_kernel, kv_heads=kv_heads, tokens=tokens, scale=scale, config=config),
-        grid=(rows, config.splits),
+        functools.partial(_kernel, kv_heads=kv_heads, tokens=tokens, scale=scale, waves=waves, config=config),
+        grid=(waves * config.columns,),
         out_shape=[
             jax.ShapeDtypeStruct((rows, group, config.splits, dim), jnp.float32),
             jax.ShapeDtypeStruct((rows, group, config.splits), jnp.float32),
@@ -89,8 +93,8 @@ def vq_decode_attention(
         name="vq_decode_attention",
     )(
         q.reshape(rows, group, dim),
-        _words(key_codes.reshape(rows, tokens, -1), key_codebook),
-        _words(value_codes.reshape(rows, tokens, -1), value_codebook),
+        _words(key_codes.reshape(rows, tokens, -1), key_codebook, dim),
+        _words(value_codes.reshape(rows, tokens, -1), value_codebook, dim),
         key_codebook.astype(q.dtype),
         value_codebook.astype(q.dtype),
         lengths,
@@ -105,7 +109,8 @@ def choose_config(rows: int, tokens: int, dim: int, group: int, dtype, num_split
     tile = min(8192 // dim if half else 2048 // dim, max(16, pl.next_power_of_2(tokens)))
     wanted = split_k.num_splits(rows=rows, tokens=tokens, tile=tile, programs=16 * dispatch.multiprocessors())
     heads, splits = 8 if group <= 8 else 16, num_splits or wanted
-    return Config(tokens=tile, heads=heads, splits=splits, num_warps=1 if half else 4, num_stages=1)
+    columns = min(dispatch.multiprocessors(), rows * splits)
+    return Config(tokens=tile, heads=heads, splits=splits, columns=columns, num_warps=1 if half else 4, num_stages=1)
 
 
 def _check_supported(dim: int, group: int, codes: Array, codebook: Array) -> None:
@@ -120,16 +125,23 @@ def _check_supported(dim: int, group: int, codes: Array, codebook: Array) -> Non
         raise NotImplementedError(f"vq_decode_attention: the triton kernel cannot address codes {codes.shape}")
 
 
-def _words(codes: UInt8[Array, "R S bytes"], codebook: Array) -> Array:
-    """8-bit codes viewed as int32 words, four to a word (no copy); other widths stay bytes."""
-    if codebook.shape[1] != 256:
+def _unit(entries: int, count: int) -> tuple[int, int] | None:
+    """How many codes fill how many 32-bit words exactly, where they divide the `count` codes of a token."""
+    bits = entries.bit_length() - 1
+    codes = 32 // math.gcd(32, bits)
+    return None if count % codes else (codes, codes * bits // 32)
+
+
+def _words(codes: UInt8[Array, "R S bytes"], codebook: Array, dim: int) -> Array:
+    """Codes viewed as int32 words (no copy) where whole words hold whole codes; others stay bytes."""
+    if _unit(codebook.shape[1], dim // codebook.shape[2]) is None:
         return codes
     return lax.bitcast_convert_type(codes.reshape(*codes.shape[:2], codes.shape[2] // 4, 4), jnp.int32)
 
 
 def _kernel(
     q_ref,  # [R, G, D]
-    key_codes_ref,  # int32[R, S, M / 4] or uint8[R, S, bytes]
+    key_codes_ref,  # int32[R, S, words] or uint8[R, S, bytes]
     value_codes_ref,
     key_codebook_ref,  # [Hk, Kk, dk], q's dtype
     value_codebook_ref,
@@ -140,10 +152,41 @@ def _kernel(
     kv_heads: int,
     tokens: int,
     scale: float,
+    waves: int,
     config: Config,
 ):
-    row, split = pl.program_id(0), pl.program_id(1)
-    head, (_, group, dim) = row % kv_heads, q_ref.shape
+    # Multiprocessor c has programs c, c + columns, ...: these are given consecutive ranks, and ranks go head by head.
+    program, rows = pl.program_id(0), q_ref.shape[0]
+    rank = program % config.columns * waves + program // config.columns
+    batch = rows // kv_heads
+    head, within = rank // (batch * config.splits), rank % (batch * config.splits)
+    row, split = within % batch * kv_heads + head, within // batch
+
+    @pl.when(rank < rows * config.splits)
+    def _():
+        refs = q_ref, key_codes_ref, value_codes_ref, key_codebook_ref, value_codebook_ref, lengths_ref
+        _attend(*refs, output_ref, lse_ref, row, split, head, kv_heads, tokens, scale, config)
+
+
+def _attend(
+    q_ref,
+    key_codes_ref,
+    value_codes_ref,
+    key_codebook_ref,
+    value_codebook_ref,
+    lengths_ref,
+    output_ref,
+    lse_ref,
+    row,
+    split,
+    head,
+    kv_heads: int,
+    tokens: int,
+    scale: float,
+    config: Config,
+):
+    """One split of one row."""
+    group, dim = q_ref.shape[1:]
     heads = jnp.arange(config.heads)
     length = jnp.clip(plt.load(lengths_ref.at[row // kv_heads]), 0, tokens)
     q = plt.load(q_ref.at[row, pl.ds(0, config.heads), :], mask=(heads < group)[:, None], other=0)
@@ -179,14 +222,35 @@ def _share(length, split, config: Config):
 def _load_codes(codes_ref, codebook_ref, dim: int, row, start, length, config: Config) -> Array:
     """The codes of T tokens from `start`: int32[T, M]; 0 past `length`, where nothing is read."""
     _, entries, size = codebook_ref.shape
-    shape = config.tokens, dim // size
+    count, bits = dim // size, entries.bit_length() - 1
     mask = (start + jnp.arange(config.tokens) < length)[:, None]
-    if entries != 256:
-        return _unpack(codes_ref, row, start, mask, shape, entries.bit_length() - 1)
-    words = plt.load(codes_ref.at[row, pl.ds(start, config.tokens), :], mask=mask, other=0)
-    wide = shape[0], shape[1] // 4, 4
-    shift = jnp.broadcast_to((8 * jnp.arange(4))[None, None, :], wide)
-    return (lax.shift_right_logical(jnp.broadcast_to(words[:, :, None], wide), shift) & 0xFF).reshape(shape)
+    unit = _unit(entries, count)
+    if unit is None:
+        return _unpack(codes_ref, row, start, mask, (config.tokens, count), bits)
+    per_unit, words_per_unit = unit
+    units = config.tokens, count // per_unit
+    wide = *units, per_unit
+    token = jnp.broadcast_to((start + jnp.arange(units[0]))[:, None], units)
+    first = jnp.broadcast_to((words_per_unit * jnp.arange(units[1]))[None, :], units)
+    of_row = jnp.broadcast_to(row, units)
+    words = [
+        jnp.broadcast_to(plt.load(codes_ref.at[of_row, token, first + i], mask=mask, other=0)[:, :, None], wide)
+        for i in range(words_per_unit)
+    ]
+    bit = jnp.broadcast_to((bits * jnp.arange(per_unit))[None, None, :], wide)
+    code = lax.shift_right_logical(_pick(words, bit // 32), bit % 32)
+    if words_per_unit > 1 and 32 % bits:  # a code's high bits may lie in the next word; shifted in two steps, as by 32
+        after = lax.shift_left(_pick(words[1:], bit // 32), jnp.ones(wide, jnp.int32))
+        code |= lax.shift_left(after, 31 - bit % 32)
+    return (code & (entries - 1)).reshape(config.tokens, count)
+
+
+def _pick(words: list[Array], index: Array) -> Array:
+    """Element by element words[index]; the last one for an index past it."""
+    out = words[-1]
+    for i, word in reversed(list(enumerate(words[:-1]))):
+        out = jnp.where(index <= i, word, out)
+    return out
 
 
 def _unpack(codes_ref, row, start, mask, shape: tuple[int, int], bits: int) -> Array:
