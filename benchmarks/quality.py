@@ -2,7 +2,8 @@
 
     python benchmarks/quality.py --group paper --model smollm2-135m-instruct --data DIR --output WORK [--workers 4]
 
-`DIR` holds wikitext2_detok_test.txt, gsm8k_test.jsonl and essays.txt. A row is measured once: an interrupted run goes
+`DIR` holds wikitext2_detok_test.txt and gsm8k_test.jsonl; essays.txt is written there from the essays that `vecinfer
+fetch paul-graham-essays` gets. A row is measured once: an interrupted run goes
 on, and rows that benchmarks/results/<device>/quality-<model>.json holds are taken from there. All rows are written
 back to it (or below --results). Everything is float32.
 
@@ -40,6 +41,8 @@ BASELINES = [
     *(f"hadamard-int:bits={bits}" for bits in (4, 3, 2)),
     *(f"plain-vq:bits={bits:g}" for bits in (4, 2, 1)),
 ]
+# Characters of essays that are scored.
+ESSAYS = 400_000
 # Of RULER's thirteen tasks, some that SmolLM2 solves at all at 4,096 tokens.
 RULER = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multivalue")
 JUDGED = ["full", "vecinfer:bits=4", "vecinfer:bits=2", "kivi:bits=2,group=32", "hadamard-int:bits=2"]
@@ -126,6 +129,10 @@ def main() -> int:
         parser.error("give --group, --data and --output, or --collect")
     if args.mixed_with is not None and args.calibration_text is not None:
         parser.error("give either --mixed-with or --calibration-text")
+    essays = args.data / "essays.txt"
+    if not essays.exists():
+        text = json.loads(assets.fetch("paul-graham-essays").read_text(encoding="utf-8"))["text"]
+        essays.write_text(text[:ESSAYS], encoding="utf-8")
     known = groups(args.model, args.data)
     unknown = [name for name in args.group if name not in known]
     if unknown:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from vecinfer_jax.evaluation.report import USUAL_CALIBRATION, label_table, task_table
+from vecinfer_jax.evaluation.report import USUAL_CALIBRATION, label_table, method_label, task_table
 
 ROOT = Path(__file__).resolve().parent
 PAGES = [ROOT.parent / "README.md", ROOT.parent / "docs" / "quality.md"]
@@ -207,6 +207,39 @@ def answers(task: str, model: str = SMOLLM2, **settings: Any) -> Callable[[], st
     return make
 
 
+def long_texts() -> str:
+    """Perplexity (and KL) over 8,192 tokens, a column a text."""
+    rows = paper_and_baselines(SMOLLM2, "perplexity", length=8192)
+    texts = {"essays.txt": "essays", "wikitext2_detok_test.txt": "wikitext-2"}
+    lines: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in sorted(rows, key=lambda row: -row["result"]["bits_per_element"]):
+        lines.setdefault(method_label(row["method"]), {})[row["task"]["path"]] = row["result"]
+    cells = [
+        [
+            label,
+            f"{next(iter(found.values()))['bits_per_element']:.4g}",
+            *(f"{found[text]['perplexity']:.2f}" for text in texts),
+            *(f"{found[text]['kl']:.3f}" for text in texts),
+        ]
+        for label, found in lines.items()
+    ]
+    names = texts.values()
+    return table(["method", "bits", *(f"perplexity, {t}" for t in names), *(f"KL, {t}" for t in names)], cells)
+
+
+def formats() -> str:
+    """Perplexity by the keys' format (rows) and the values' (columns), without a window, one seed."""
+    found: dict[tuple[str, str], float] = {}
+    for row in rows_of(SMOLLM2, "perplexity", length=1024, residual=0, seed=0, scope="layer_head"):
+        method = row["method"]
+        if method.get("key") and method["transform"] == "smooth-hadamard" and usual(row["calibration"]):
+            found[method["key"], method["value"]] = row["result"]["perplexity"]
+    order = ["d8b8", "d8b12", "d4b8", "d4b12", "d2b8"]
+    names = {form: f"{form} ({int(form.split('b')[1]) / int(form[1 : form.index('b')]):g} bit)" for form in order}
+    lines = [[names[k], *(f"{found[k, v]:.1f}" for v in order)] for k in order]
+    return table(["keys \\ values", *(names[v] for v in order)], lines)
+
+
 def memory() -> str:
     rows = []
     for row in read(H100, "memory")["rows"]:
@@ -247,7 +280,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "codes": codes,
     "transforms": ablation("transform", scope="layer_head"),
     "scopes": ablation("scope", transform="smooth-hadamard"),
-    "long": lambda: task_table(paper_and_baselines(SMOLLM2, "perplexity", length=8192)),
+    "long": long_texts,
+    "formats": formats,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),
     "gsm8k": answers("gsm8k", QWEN),
