@@ -35,20 +35,27 @@ ENCODE = ("d4b8", "d2b8", "d8b8", "d4b10", "d4b12", "d8b12")
 PROMPT = 32768
 EIGHT_B = (32, 8, 128)  # query heads, KV heads, head dimension
 EVERY = [(f, f) for f in ("d4b8", "d2b8", "d8b8", "d4b10", "d4b12", "d8b12")] + [("d4b10", "d8b12")]
+PAPER = [(f, f) for f in ("d4b8", "d2b8", "d8b8", "d4b12", "d8b12")]
 SAME = [("d4b8", "d4b8")]
+# The same with tables of the values in fp8.
+FP8 = [(f, f"{f}-fp8") for f in ("d4b8", "d8b8", "d4b10", "d4b12", "d8b12")]
 # batch, tokens, (query heads, KV heads, head dimension), formats of keys and values
 DECODE = [
-    (16, 32768, EIGHT_B, EVERY),
-    (1, 196608, EIGHT_B, SAME),
+    (16, 32768, EIGHT_B, [*EVERY, *FP8]),
+    (1, 196608, EIGHT_B, [("d4b8", "d4b8"), ("d2b8", "d2b8"), ("d8b8", "d8b8")]),
     (64, 4096, EIGHT_B, SAME),
-    (1, 16384, EIGHT_B, SAME),
+    *((1, tokens, EIGHT_B, SAME) for tokens in (4096, 16384, 65536)),
+    *((16, tokens, EIGHT_B, SAME) for tokens in (1024, 4096)),
+    (64, 1024, EIGHT_B, SAME),
+    (16, 16384, EIGHT_B, PAPER),
     (16, 16384, (32, 8, 64), EVERY),
-    *((16, 16384, (8 * group, 8, 128), SAME) for group in (1, 3, 6, 7, 8, 16)),
+    *((16, 16384, (8 * group, 8, 128), PAPER) for group in (1, 3, 6, 7, 8)),
+    (16, 16384, (128, 8, 128), SAME),
     (16, 16384, (9, 3, 64), SAME),
     (16, 16384, (14, 2, 64), SAME),
 ]
 # The Triton kernel and the loop stand beside these.
-BESIDE = DECODE[:3]
+BESIDE = DECODE[:1]
 exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -324,10 +331,12 @@ def time_decode() -> Iterator[dict]:
         for forms in formats:
             codes, books = [], []
             for i, form in enumerate(forms):
+                form, *fp8 = form.split("-")
                 length, bits = format_of(form)
                 size = packing.num_bytes(dim // length, bits)
                 codes.append(jax.random.bits(k[3 + i], (batch, heads, tokens, size), jnp.uint8))
-                books.append(random_codebook(k[5 + i], heads, form, jnp.bfloat16))
+                book = random_codebook(k[5 + i], heads, form, jnp.bfloat16)
+                books.append(book.astype(jnp.float8_e4m3fn) if fp8 else book)
             name = (
                 f"vq_decode_attention K {forms[0]} V {forms[1]} bfloat16: "
                 f"B{batch} S{tokens} {query_heads}/{heads} heads D{dim}"
@@ -337,13 +346,14 @@ def time_decode() -> Iterator[dict]:
             last = slice(query_heads - group, query_heads)  # the last row's last KV head
             want = exact_attention(q[-1, last], [c[-1, -1] for c in codes], [b[-1] for b in books], scale)
             times = {}
-            for which in ("mosaic_gpu", "triton") if shape in BESIDE else ("mosaic_gpu",):
+            beside = shape in BESIDE and not forms[1].endswith("fp8")
+            for which in ("mosaic_gpu", "triton") if beside else ("mosaic_gpu",):
                 got = vq_decode_attention(q, *arrays, scale=scale, implementation=which)
                 error = check(name, jnp.max(jnp.abs(got[0][-1, last] - want[0])), 2e-3)
                 check(name, jnp.max(jnp.abs(got[1][-1, last] - want[1])), 1e-4)
                 more["max_error"] = max(more["max_error"], error)
                 times[which] = device_microseconds(functools.partial(ours, which=which), q, *arrays)
-            if shape in BESIDE:
+            if beside:
                 call = functools.partial(ours, which="mosaic_gpu")
                 more |= {"loop_us": round(in_loop(call, q, *arrays), 2), "peer_loop_us": round(peer_loop, 2)}
                 more["triton_us"] = round(times["triton"], 2)

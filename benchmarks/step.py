@@ -1,4 +1,4 @@
-"""Whole decoding steps at Llama-3.1-8B's shapes, random weights in bfloat16: milliseconds a token with each cache.
+"""Whole decoding steps of Llama-3.1-8B, or another architecture, with random weights in bfloat16 and each cache.
 
     python benchmarks/step.py [--output FILE] [--rows 0 1 ...] [--profile]
 
@@ -29,23 +29,25 @@ ROWS = [
     (12, 8192, "vecinfer:bits=2"),
     (64, 4096, "full"),
     (64, 4096, "vecinfer:bits=2"),
+    (16, 4096, "full"),
+    (16, 4096, "vecinfer:bits=2"),
     (12, 32768, "vecinfer:bits=4"),
-    (1, 65536, "hadamard-int:bits=2"),
-    (1, 65536, "kivi:bits=2"),
+    *((1, tokens, method) for method in ("hadamard-int:bits=2", "kivi:bits=2") for tokens in (16384, 65536)),
     (1, 3600000, "vecinfer:bits=2"),  # as many tokens as one card holds
 ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=results.ROOT / results.device_name() / "step-llama-8b.json")
+    parser.add_argument("--output", type=Path, help="default: results/<device>/step-<model>.json")
     parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="what the device does in a step, instead of its time")
     args = parser.parse_args()
     bench = StepBench(SHAPES[args.model])
-    held = json.loads(args.output.read_text())["rows"] if args.output.exists() else []
+    path = args.output or results.ROOT / results.device_name() / f"step-{args.model}.json"
+    held = json.loads(path.read_text())["rows"] if path.exists() else []
     for index in args.rows if args.rows is not None else range(len(ROWS)):
         batch, tokens, name = ROWS[index]
         method = specs.parse(name, METHODS, "method")
@@ -56,7 +58,7 @@ def main() -> None:
             row |= dataclasses.asdict(bench.step(method, batch, tokens, repeats=args.repeats))
         print(json.dumps(row), flush=True)
         held = [old for old in held if identity(old) != identity(row)] + [row]
-        results.write("step-llama-8b", {"rows": held}, args.output)
+        results.write(f"step-{args.model}", {"rows": held}, path)
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:

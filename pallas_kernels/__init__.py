@@ -6,8 +6,18 @@ anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the be
 
 from pallas_kernels import packing, split_k
 from pallas_kernels.hadamard import hadamard
+from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.vq_append import vq_append
 from pallas_kernels.vq_decode_attention import ExactTokens, vq_decode_attention
 from pallas_kernels.vq_encode import vq_encode
 
-__all__ = ["ExactTokens", "hadamard", "packing", "split_k", "vq_append", "vq_decode_attention", "vq_encode"]
+__all__ = [
+    "ExactTokens",
+    "hadamard",
+    "packing",
+    "rms_norm",
+    "split_k",
+    "vq_append",
+    "vq_decode_attention",
+    "vq_encode",
+]

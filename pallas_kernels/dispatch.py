@@ -17,6 +17,10 @@ TABLE = {
         "triton": "pallas_kernels.hadamard.triton",
         "xla": "pallas_kernels.hadamard.reference",
     },
+    "rms_norm": {
+        "mosaic_gpu": "pallas_kernels.rms_norm.mosaic_gpu",
+        "xla": "pallas_kernels.rms_norm.reference",
+    },
     "vq_encode": {
         "mosaic_gpu": "pallas_kernels.vq_encode.mosaic_gpu",
         "triton": "pallas_kernels.vq_encode.triton",

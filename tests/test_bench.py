@@ -57,6 +57,7 @@ def test_the_named_architectures_have_their_published_sizes():
     from vecinfer_jax.models.decoder import param_shapes
 
     sizes = {name: sum(x.size for x in jax.tree.leaves(param_shapes(c))) for name, c in SHAPES.items()}
+    assert sizes["smollm2-135m"] == 134_515_008
     assert sizes["llama-3.1-8b"] == 8_030_261_248
     assert sizes["llama-2-7b"] == 6_738_415_616
     assert sizes["mistral-7b"] == 7_248_023_552

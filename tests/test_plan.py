@@ -1,6 +1,8 @@
 """A plan counts what is then allocated, and the most tokens it names are the most that fit."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +10,14 @@ import pytest
 
 import vecinfer_jax as vj
 from tests import small
-from vecinfer_jax.bench import StepBench
+from vecinfer_jax import specs
+from vecinfer_jax.bench import SHAPES, StepBench
 from vecinfer_jax.cli import main
+from vecinfer_jax.devices import Device, Reading, devices
 from vecinfer_jax.errors import InputError
-from vecinfer_jax.plan import RESERVE, cache_bytes, plan
+from vecinfer_jax.plan import RESERVE, bytes_read, cache_bytes, milliseconds, plan
+
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 CONFIG = dataclasses.replace(small.CONFIG, num_layers=2)
 METHODS = [vj.FullPrecision(), vj.VecInfer(bits=2, residual=8), vj.KIVI(residual=4)]
@@ -57,3 +63,51 @@ def test_the_command_prints_a_line_a_method(capsys):
     full, kivi = capsys.readouterr().out.splitlines()
     assert full.startswith("full") and "24.00 GiB" in full and "fits" in full
     assert kivi.startswith("kivi")
+
+
+def test_a_step_takes_its_weights_its_layers_and_its_cache():
+    method = vj.VecInfer(bits=2, residual=8)
+    device = Device("x", 2**40, 1.0, 100.0, {"vecinfer d4b8/d4b8": Reading(2.0, 50.0), "full": Reading(4.0, 0.0)})
+    ms = milliseconds(CONFIG, method, 2, 1000, device)
+    weights = 2 * sum(x.size for x in jax.tree.leaves(vj.models.decoder.param_shapes(CONFIG)))
+    looked_up = 0 if CONFIG.tie_embeddings else 2 * CONFIG.vocab_size * CONFIG.hidden_size
+    assert ms == pytest.approx((weights - looked_up) / 1e6 + 2 * 0.15 + bytes_read(CONFIG, method, 2, 1000) / 2e6)
+    mixed = milliseconds(CONFIG, vj.PerLayer(method, ((0, vj.FullPrecision()),)), 2, 1000, device)
+    full = milliseconds(CONFIG, vj.FullPrecision(), 2, 1000, device)
+    assert mixed == pytest.approx((ms + full) / 2)
+
+
+def test_what_was_not_measured_is_not_predicted():
+    device = Device("x", 2**40, 1.0, 1.0, {"full": Reading(1.0, 0.0)})
+    arguments = {"batch": 1, "tokens": 100, "memory": 2**40}
+    assert plan(CONFIG, vj.KIVI(), **arguments, device=device).ms_per_step is None
+    assert plan(CONFIG, vj.FullPrecision(), **arguments).ms_per_step is None
+    assert plan(CONFIG, vj.FullPrecision(), **arguments, device=device, dtype=jnp.float32).ms_per_step is None
+    assert plan(CONFIG, vj.FullPrecision(), **arguments, device=device).ms_per_step > 0
+    assert plan(CONFIG, vj.FullPrecision(), **arguments | {"memory": 1}, device=device).ms_per_step is None
+
+
+@pytest.mark.parametrize("device", devices().values(), ids=devices())
+def test_measured_steps_are_predicted_within_15_percent(device):
+    """Those of the model that the predictions are fitted to, and those of others."""
+    from benchmarks.results import folder_of
+
+    checked = set()
+    for path in (RESULTS / folder_of(device.name)).glob("step-*.json"):
+        model = path.stem.removeprefix("step-")
+        for row in json.loads(path.read_text())["rows"]:
+            method = specs.parse(row["name"], vj.caches.METHODS, "method")
+            if "ms_per_step" not in row or method.reading() not in device.caches:
+                continue
+            ms = milliseconds(SHAPES[model], method, row["batch"], row["tokens"], device)
+            assert ms == pytest.approx(row["ms_per_step"], rel=0.15), (model, row["name"], row["batch"], row["tokens"])
+            checked.add(model)
+    assert len(checked) > 1
+
+
+def test_the_command_predicts_for_a_measured_gpu(capsys):
+    assert main(["plan", "full", "vecinfer", "plain-vq", "--gpu", "h100", "--tokens", "100000"]) == 0
+    full, vecinfer, other = capsys.readouterr().out.splitlines()
+    assert "ms a step" in full and "ms a step" in vecinfer and "ms a step" not in other
+    assert main(["plan", "full", "--gpu", "abacus"]) == 1
+    assert "no measurements of a GPU 'abacus'; there are those of h100" in capsys.readouterr().err

@@ -54,6 +54,20 @@ def _shapes(
 
 # Architectures to be timed with random weights.
 SHAPES = {
+    "smollm2-135m": ModelConfig(
+        model_type="llama",
+        vocab_size=49152,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_layers=30,
+        num_query_heads=9,
+        num_kv_heads=3,
+        head_dim=64,
+        rope=Rope(1e5, 64),
+        rms_norm_eps=1e-5,
+        max_position=2**24,
+        tie_embeddings=True,
+    ),
     "llama-3.1-8b": _shapes(8, 4096, 14336, 32, 128256, 5e5),
     "llama-2-7b": _shapes(32, 4096, 11008, 32, 32000, 1e4),
     "mistral-7b": _shapes(8, 4096, 14336, 32, 32768, 1e6, "mistral"),

@@ -171,7 +171,7 @@ def bench(
     ] = None,
     model: Annotated[
         str,
-        typer.Option(help="A model as elsewhere, or an architecture with random weights: llama-3.1-8b, llama-2-7b."),
+        typer.Option(help="As elsewhere, or with random weights llama-3.1-8b, llama-2-7b, mistral-7b or qwen2.5-14b."),
     ] = "smollm2-135m-instruct",
     batch: Annotated[list[int] | None, typer.Option(help="Sequences; may be repeated. Default: 1.")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens cached; may be repeated. Default: 4096.")] = None,
@@ -218,8 +218,14 @@ def plan(
         typer.Argument(help="Caches to compare; default: full vecinfer:bits=4 vecinfer vecinfer:bits=1."),
     ] = None,
     model: Annotated[
-        str, typer.Option(help="A model as elsewhere, or an architecture: llama-3.1-8b, llama-2-7b.")
+        str,
+        typer.Option(
+            help="A model as elsewhere, or an architecture: llama-3.1-8b, llama-2-7b, mistral-7b, qwen2.5-14b."
+        ),
     ] = "llama-3.1-8b",
+    gpu: Annotated[
+        str | None, typer.Option(help="A measured GPU (h100): its memory and times; default: this device, if measured.")
+    ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens a sequence.")] = 131072,
     memory: Annotated[float | None, typer.Option(help="Of the device, in GiB; default: this device's.")] = None,
@@ -227,8 +233,11 @@ def plan(
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Bytes of weights and caches, whether they fit, and how many tokens would (allocates nothing on the device)."""
+    """Bytes of weights and caches, whether they fit, how many tokens would, and predicted times (allocates nothing)."""
+    import jax
+
     from vecinfer_jax.bench import SHAPES
+    from vecinfer_jax.devices import device_named, device_of_kind
     from vecinfer_jax.models.language_model import load, resolve_dtype
     from vecinfer_jax.plan import device_memory
     from vecinfer_jax.plan import plan as make_plan
@@ -236,20 +245,24 @@ def plan(
     chosen = [
         (text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer", "vecinfer:bits=1"]
     ]
-    limit = int(memory * 2**30) if memory is not None else device_memory()
+    device = device_of_kind(jax.devices()[0].device_kind) if gpu is None else device_named(gpu)
+    given = device_memory() if gpu is None or device is None else device.memory
+    limit = int(memory * 2**30) if memory is not None else given
     if limit is None:
-        raise InputError("this device does not say how much memory it has: give --memory, in GiB")
+        raise InputError("this device does not say how much memory it has: give --memory, in GiB, or --gpu")
     _check_output(json_out)
     config = SHAPES[model] if model in SHAPES else load(model, dtype, progress=not quiet).config
     rows = []
     for text, method in chosen:
-        row = make_plan(config, method, batch=batch, tokens=tokens, memory=limit, dtype=resolve_dtype(dtype))
+        kind = resolve_dtype(dtype)
+        row = make_plan(config, method, batch=batch, tokens=tokens, memory=limit, device=device, dtype=kind)
         rows.append({"name": text} | dataclasses.asdict(row))
         if json_out is None or str(json_out) != "-":
             print(
                 f"{text:24} {row.bits_per_element:6.2f} bits  weights {row.weights_bytes / 2**30:6.2f} GiB  "
                 f"cache {row.cache_bytes['total'] / 2**30:8.2f} GiB  {'fits' if row.fits else 'does NOT fit':12} "
                 f"at most {row.most_tokens:>12,} tokens a sequence"
+                + (f"  {row.ms_per_step:8.2f} ms a step" if row.ms_per_step is not None else "")
             )
     if json_out is not None:
         _write_json(json_out, {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "rows": rows})

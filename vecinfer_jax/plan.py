@@ -1,6 +1,7 @@
 """What a model with a cache will take of a device's memory, before anything is allocated there."""
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from vecinfer_jax.bench import random_calibration
 from vecinfer_jax.caches import allocated_bytes
 from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.devices import Device
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.generation.engine import CAPACITY_STEP, round_up
 from vecinfer_jax.models import ModelConfig
@@ -25,6 +27,8 @@ class Plan:
     cache_bytes: by kind, as the caches allocate them. bits_per_element: true bits of a coded element, mean of layers.
     memory:      of the device; fits: whether weights, caches and `RESERVE` do.
     most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not.
+    ms_per_step: predicted milliseconds of a decoding step; None without a device, for caches and dtypes that were not
+                 measured on it, and where it does not fit.
     """
 
     method: str
@@ -36,12 +40,20 @@ class Plan:
     memory: int
     fits: bool
     most_tokens: int
+    ms_per_step: float | None
 
 
 def plan(
-    config: ModelConfig, method: CacheMethod, *, batch: int, tokens: int, memory: int, dtype: Any = jnp.bfloat16
+    config: ModelConfig,
+    method: CacheMethod,
+    *,
+    batch: int,
+    tokens: int,
+    memory: int,
+    device: Device | None = None,
+    dtype: Any = jnp.bfloat16,
 ) -> Plan:
-    """Counts what a model, its cache and a step need.
+    """Counts what a model, its cache and a step need, and predicts a step's time on a measured device.
 
     Raises `InputError` for numbers below 1.
     """
@@ -58,6 +70,8 @@ def plan(
     most = base + (free - low) / each
     most = max(0, int(most) // CAPACITY_STEP * CAPACITY_STEP)
     layers = range(config.num_layers)
+    fits = held["total"] <= free
+    measured = device is not None and jnp.dtype(dtype).itemsize == 2
     bits = [method.for_layer(i, len(layers)).bits_per_element(layer_shape(config, i, dtype)) for i in layers]
     return Plan(
         method=repr(method),
@@ -67,9 +81,36 @@ def plan(
         cache_bytes=held,
         bits_per_element=sum(bits) / len(bits),
         memory=memory,
-        fits=held["total"] <= free,
+        fits=fits,
         most_tokens=most if most >= base else _search(config, method, batch, dtype, free, base),
+        ms_per_step=milliseconds(config, method, batch, tokens, device) if measured and device and fits else None,
     )
+
+
+def milliseconds(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, device: Device) -> float | None:
+    """A decoding step in 16 bits as `vecinfer_jax.devices` models it; None for a cache that was not measured."""
+    n = config.num_layers
+    alike = Counter(method.for_layer(i, n) for i in range(n))
+    total = _weights_read(config) / device.weights_gb_per_s / 1e6
+    for of_layer, layers in alike.items():
+        reading = device.caches.get(of_layer.reading())
+        if reading is None:
+            return None
+        read = bytes_read(config, of_layer, batch, tokens) / n
+        total += layers * ((device.layer_us + reading.layer_us) / 1e3 + read / reading.gb_per_s / 1e6)
+    return total
+
+
+def bytes_read(config: ModelConfig, method: CacheMethod, batch: int, tokens: int) -> int:
+    """Bytes of codes and windows that a step in 16 bits reads."""
+    held = cache_bytes(config, method, batch, tokens, jnp.bfloat16)
+    return held["codes"] + held["window"]
+
+
+def _weights_read(config: ModelConfig) -> int:
+    """Bytes of 16-bit weights that a step reads: all but an embedding that is only looked up in."""
+    every = sum(2 * x.size for x in jax.tree.leaves(param_shapes(config, jnp.bfloat16)))
+    return every - (0 if config.tie_embeddings else 2 * config.vocab_size * config.hidden_size)
 
 
 def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any) -> dict[str, int]:

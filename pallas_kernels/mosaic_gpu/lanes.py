@@ -7,6 +7,7 @@ modules (the MLIR builders); it was written for JAX 0.11.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -140,7 +141,7 @@ def thread() -> Reg:
 
 
 def warp() -> Reg:
-    """This warp's number in its block."""
+    """This warp's number in its block; all lanes must ask for it together."""
     return Reg(utils.warp_idx())
 
 
@@ -186,6 +187,10 @@ def exp2(x: Reg) -> Reg:
 
 def log2(x: Reg) -> Reg:
     return asm("lg2.approx.ftz.f32 $0, $1;", "f", "f", x)
+
+
+def rsqrt(x: Reg) -> Reg:
+    return asm("rsqrt.approx.ftz.f32 $0, $1;", "f", "f", x)
 
 
 def multiply_add(a: Reg, b: Reg | float, c: Reg) -> Reg:
@@ -340,8 +345,21 @@ def reduce(operation: Callable[[Reg, Reg], Reg], values: Sequence[Reg]) -> Reg:
 # -- the launch
 
 
+@dataclasses.dataclass(frozen=True)
+class _Launch:
+    """What distinguishes a launch but for its arrays."""
+
+    body: Callable[..., None]
+    settings: tuple[Any, ...]  # the body's first arguments
+    out_type: tuple[Any, ...]
+    blocks: int
+    warpgroups: int
+    shared_bytes: int
+    name: str
+
+
 def launch(
-    body: Callable[..., None],
+    body: functools.partial[None],
     inputs: Sequence[jax.Array],
     out_type: Sequence[Any],
     *,
@@ -357,9 +375,19 @@ def launch(
     The body gets pointers to global memory and to the block's shared memory. What it does not store stays as it was in
     arrays of `in_place` and undefined in outputs. XLA copies an array of `in_place` only if it is used afterwards.
     Blocks may be started while the kernel before still runs, and wait for it: that hides most of a launch.
+
+    `body` is a `functools.partial` of a function and hashable settings: equal launches (those of a model's layers) are
+    traced and lowered once.
     """
-    references = len(inputs) + len(in_place) + len(out_type) + bool(shared_bytes)
-    shared = [plgpu.SMEM((-(-shared_bytes // 4),), jnp.uint32)] if shared_bytes else []
+    assert not body.keywords
+    key = _Launch(body.func, body.args, tuple(out_type), blocks, warpgroups, shared_bytes, name)
+    return _launch(key, list(inputs), list(in_place))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _launch(key: _Launch, inputs: list[jax.Array], in_place: list[jax.Array]) -> list[jax.Array]:
+    references = len(inputs) + len(in_place) + len(key.out_type) + bool(key.shared_bytes)
+    shared = [plgpu.SMEM((-(-key.shared_bytes // 4),), jnp.uint32)] if key.shared_bytes else []
 
     def kernel(*refs: Any) -> None:
         plgpu.griddepcontrol_wait()
@@ -372,7 +400,7 @@ def launch(
             on_device = llvm.PointerType.get(_GLOBAL)
             last = references - len(shared)
             pointers[:last] = [llvm.addrspacecast(on_device, pointer) for pointer in pointers[:last]]
-            body(*pointers, Reg(args[-1].registers.item()))
+            key.body(*key.settings, *pointers, Reg(args[-1].registers.item()))
 
         # As an argument, not read inside: `vmap` then adds an axis to the grid.
         run(*refs, lax.axis_index("block"))
@@ -380,13 +408,13 @@ def launch(
     changed = [jax.new_ref(array) for array in in_place]
     outputs = plgpu.kernel(
         kernel,
-        out_type=tuple(out_type),
+        out_type=key.out_type,
         scratch_types=shared,
-        grid=(blocks,),
+        grid=(key.blocks,),
         grid_names=("block",),
-        num_threads=warpgroups,
+        num_threads=key.warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-        kernel_name=name,
+        kernel_name=key.name,
     )(*inputs, *changed)
     return [*map(jax.freeze, changed), *outputs]

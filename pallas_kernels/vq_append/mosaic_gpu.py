@@ -42,7 +42,7 @@ def vq_append(
     key, key_arrays = encoding.prepare(dtype, key_codebook, mean, scale, matrix, hadamard, dim)
     value, value_arrays = encoding.prepare(dtype, value_codebook, None, None, None, False, dim)
     warpgroups = max(key.warpgroups, value.warpgroups)
-    problems = [encoding.with_warpgroups(p, warpgroups) for p in (key, value)]
+    problems = tuple(encoding.with_warpgroups(p, warpgroups) for p in (key, value))
     body = functools.partial(
         _append, problems, heads, ring_keys.shape[2], key_codes.shape[2], sink, len(key_arrays), len(value_arrays)
     )

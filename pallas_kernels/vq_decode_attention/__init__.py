@@ -1,6 +1,7 @@
 """One decoding step of attention over coded keys and values (VecInfer, section 3.3: arXiv 2510.06175)."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
@@ -25,9 +26,10 @@ def vq_decode_attention(
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
+    out_dtype: Any = jnp.float32,
     implementation: str | None = None,
     interpret: bool = False,
-) -> tuple[Float32[Array, "B Hq D"], Float32[Array, "B Hq"]]:
+) -> tuple[Float[Array, "B Hq D"], Float32[Array, "B Hq"]]:
     """softmax(scale * q K^T) V over the first lengths[b] tokens of each row, K and V read from their codes.
 
     Query heads h * G to (h + 1) * G - 1 read KV head h. Keys and values may differ in codebook size and
@@ -48,13 +50,13 @@ def vq_decode_attention(
             values of any float type, multiplied as that type and exact_q's are.
         exact_q: the queries for those, in the basis of their keys, of q's shape.
         num_splits: programs that share a row; None lets the kernel choose. Affects speed and rounding only.
+        out_dtype: of the output, which is rounded once; float32 for what is to be merged with other parts.
         implementation: "mosaic_gpu", "triton", "xla", or None for the best on the default device.
         interpret: run the Pallas kernel in interpret mode (on a CPU, for tests).
 
     Returns:
-        The normalised output and the natural-log log-sum-exp of the scaled scores, both float32 whatever
-        q.dtype is, because `split_k.merge` joins them with the residual window before anything is rounded.
-        Where no token counts they are 0 and `split_k.EMPTY`.
+        The normalised output in `out_dtype` and the natural-log log-sum-exp of the scaled scores in float32. Where no
+        token counts they are 0 and `split_k.EMPTY`.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
@@ -71,7 +73,7 @@ def vq_decode_attention(
         "vq_decode_attention", implementation, interpret,
         q, key_codes, value_codes, key_codebook, value_codebook, lengths,
         scale=float(scale), query_scale=query_scale, query_hadamard=query_hadamard,
-        exact=tuple(exact), exact_q=exact_q, num_splits=num_splits,
+        exact=tuple(exact), exact_q=exact_q, num_splits=num_splits, out_dtype=out_dtype,
     )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Tokens that are attended to as they are, beside the coded ones: a residual window, attention sinks."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -53,6 +53,11 @@ def attend_exactly(
     output = product("bhgw,bhwd->bhgd", weights, tokens.values)
     lse = jnp.where(some, top[..., 0] + jnp.log(safe), split_k.EMPTY)
     return output.reshape(q.shape), lse.reshape(batch, query_heads)
+
+
+def rounded(output: Float[Array, "B Hq D"], lse: Float[Array, "B Hq"], dtype: Any) -> tuple[Array, Array]:
+    """The output in `dtype`."""
+    return output.astype(dtype), lse
 
 
 def product(terms: str, a: Array, b: Array) -> Array:

@@ -127,6 +127,7 @@ class Problem:
     query_hadamard: bool
     exact: tuple["Exact", ...]
     scale: float
+    output: str  # "f32", or as `Exact.operand`
     config: Config
 
     @property
@@ -178,6 +179,7 @@ def vq_decode_attention(
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
+    out_dtype: Any = jnp.float32,
     interpret: bool = False,
     config: Config | None = None,
 ) -> tuple[Array, Array]:
@@ -191,8 +193,11 @@ def vq_decode_attention(
     exact = [tokens for tokens in exact if tokens.keys.shape[2]]
     _check_supported(q, group, scale, formats)
     operands = [_exact_operand(tokens) for tokens in exact]
+    output_kind = {"float32": "f32"}.get(jnp.dtype(out_dtype).name, _operand(out_dtype))
+    if output_kind not in ("f32", "bf16", "f16"):
+        raise NotImplementedError(f"vq_decode_attention: the mosaic_gpu kernel does not write {out_dtype}")
     if rows * group == 0 or (tokens == 0 and not exact):
-        return jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
+        return jnp.zeros(q.shape, out_dtype), jnp.full((batch, query_heads), split_k.EMPTY)
 
     config = config or choose_config(rows, tokens, group, formats, num_splits)
     tile = _BLOCK * config.groups
@@ -214,6 +219,7 @@ def vq_decode_attention(
         query_hadamard=query_hadamard,
         exact=tuple(Exact(t.keys.shape[2], operand) for t, operand in zip(exact, operands, strict=True)),
         scale=abs(scale) * _LOG2_E,
+        output=output_kind,
         config=config,
     )
     if problem.shared_bytes > _SHARED_BYTES:
@@ -237,15 +243,17 @@ def vq_decode_attention(
 
 def choose_config(rows: int, tokens: int, group: int, formats: Sequence[Format], num_splits: int | None) -> Config:
     """Tiles of about 2 KiB of codes a warp keep enough of them on their way. Blocks that divide rows evenly save a
-    merge, but where they would leave a tenth of the device idle, every multiprocessor takes its share of the list."""
+    merge, but where they would leave a tenth of the device idle, or each takes long over its look-ups, every
+    multiprocessor takes its share of the list."""
     head_blocks = -(-group // _HEADS)
+    waits = any(form.bits > 10 for form in formats)  # for banks
     bytes_of_block = _BLOCK * sum(form.pitch for form in formats)
-    groups = 4 if bytes_of_block <= 512 else 2
-    # Fewer warps where many registers a lane, or waiting for banks, is what limits them.
-    warpgroups = _FEW_WARPGROUPS if head_blocks > 2 or any(form.bits > 10 for form in formats) else _WARPGROUPS
+    groups = 4 if bytes_of_block <= 512 or (waits and head_blocks == 1) else 2
+    # Fewer warps where many registers a lane, or waiting, is what limits them.
+    warpgroups = _FEW_WARPGROUPS if head_blocks > 2 or waits else _WARPGROUPS
     most = dispatch.multiprocessors()
     even = rows * (num_splits or most // rows)
-    blocks = even if num_splits or even >= 0.9 * most else most
+    blocks = even if num_splits or (even >= 0.9 * most and not waits) else most
     return Config(groups, warpgroups, max(1, min(blocks, rows * -(-tokens // (_BLOCK * groups)))))
 
 
@@ -289,7 +297,7 @@ def _queries(q: Float[Array, "B Hq D"], scale: float, kv_heads: int, operand: st
 
 
 def _dtype(operand: str) -> Any:
-    return {"bf16": jnp.bfloat16, "f16": jnp.float16}[operand]
+    return {"f32": jnp.float32, "bf16": jnp.bfloat16, "f16": jnp.float16}[operand]
 
 
 def _words(codebook: Array, form: Format) -> Array:
@@ -344,7 +352,7 @@ def _join(problem: Problem, *arrays: Array) -> list[Array]:
     return lanes.launch(
         functools.partial(_join_row, p),
         arrays,
-        [shape((rows, p.group, p.dim), jnp.float32), shape((rows, p.group), jnp.float32)],
+        [shape((rows, p.group, p.dim), _dtype(p.output)), shape((rows, p.group), jnp.float32)],
         blocks=rows,
         warpgroups=-(-p.group * p.dim // 4 // (_WARP * _WARPS)),
         shared_bytes=Schedule.shared_bytes(p.batch),
@@ -836,7 +844,12 @@ def _join_row(p: Problem, outputs, sums, lengths, joined, lse, shared, row: Reg)
         m, total, out = lanes.loop(first, last, at_once, (f32(split_k.EMPTY), f32(0.0), [f32(0.0)] * 4), some)
         full = total > 0.0
         inverse = f32(1.0) / full.where(total, f32(1.0))
-        lanes.store(at(joined, lanes.wide_product(row, p.group * p.dim * 4), place), [o * inverse for o in out])
+        out = [o * inverse for o in out]
+        if p.output == "f32":
+            lanes.store(at(joined, lanes.wide_product(row, p.group * p.dim * 4), place), out)
+        else:
+            pairs = [lanes.pack_pair(a, b, p.output) for a, b in (out[:2], out[2:])]
+            lanes.store(at(joined, lanes.wide_product(row, p.group * p.dim * 2), place >> 1), pairs)
         with lanes.do_when((quad % quads).equals(0)):
             value = (m + lanes.log2(full.where(total, f32(1.0)))) * (1 / _LOG2_E)
             value = full.where(value, f32(split_k.EMPTY))

@@ -2,13 +2,14 @@
 time."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import packing, split_k
-from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact
+from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact, rounded
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 
 # Elements of a dequantised chunk of keys, [B, Hkv, chunk, D] float32.
@@ -29,6 +30,7 @@ def vq_decode_attention(
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
+    out_dtype: Any = jnp.float32,
     interpret: bool = False,
 ) -> tuple[Array, Array]:
     """The meaning of `pallas_kernels.vq_decode_attention`. Chunks past the longest row are not read."""
@@ -61,7 +63,7 @@ def vq_decode_attention(
         chunks = (jnp.max(lengths, initial=0) + chunk - 1) // chunk
         output, lse = lax.fori_loop(0, chunks, step, (output, lse))
     output, lse = output.reshape(batch, query_heads, dim), lse.reshape(batch, query_heads)
-    return merge_exact(output, lse, exact_q, exact, scale)
+    return rounded(*merge_exact(output, lse, exact_q, exact, scale), out_dtype)
 
 
 def _rows(codes: Array, start: Array, chunk: int) -> Array:

@@ -21,6 +21,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import dispatch, split_k
-from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact
+from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact, rounded
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 
 _HEAD_DIMS = (32, 64, 128, 256)
@@ -65,6 +66,7 @@ def vq_decode_attention(
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
+    out_dtype: Any = jnp.float32,
     interpret: bool = False,
     config: Config | None = None,
 ) -> tuple[Array, Array]:
@@ -77,7 +79,7 @@ def vq_decode_attention(
     q = transform_queries(q, query_scale, query_hadamard, interpret=interpret)
     if rows * group * tokens == 0:
         nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
-        return merge_exact(*nothing, exact_q, exact, scale)
+        return rounded(*merge_exact(*nothing, exact_q, exact, scale), out_dtype)
 
     config = config or choose_config(rows, tokens, dim, group, q.dtype, num_splits)
     waves = -(-rows * config.splits // config.columns)
@@ -100,7 +102,8 @@ def vq_decode_attention(
         lengths,
     )
     output, lse = split_k.merge(output, lse)
-    return merge_exact(output.reshape(q.shape), lse.reshape(batch, query_heads), exact_q, exact, scale)
+    output, lse = merge_exact(output.reshape(q.shape), lse.reshape(batch, query_heads), exact_q, exact, scale)
+    return rounded(output, lse, out_dtype)
 
 
 def choose_config(rows: int, tokens: int, dim: int, group: int, dtype, num_splits: int | None) -> Config:
@@ -228,29 +231,34 @@ def _load_codes(codes_ref, codebook_ref, dim: int, row, start, length, config: C
     if unit is None:
         return _unpack(codes_ref, row, start, mask, (config.tokens, count), bits)
     per_unit, words_per_unit = unit
-    units = config.tokens, count // per_unit
-    wide = *units, per_unit
-    token = jnp.broadcast_to((start + jnp.arange(units[0]))[:, None], units)
-    first = jnp.broadcast_to((words_per_unit * jnp.arange(units[1]))[None, :], units)
-    of_row = jnp.broadcast_to(row, units)
-    words = [
-        jnp.broadcast_to(plt.load(codes_ref.at[of_row, token, first + i], mask=mask, other=0)[:, :, None], wide)
-        for i in range(words_per_unit)
-    ]
-    bit = jnp.broadcast_to((bits * jnp.arange(per_unit))[None, None, :], wide)
-    code = lax.shift_right_logical(_pick(words, bit // 32), bit % 32)
-    if words_per_unit > 1 and 32 % bits:  # a code's high bits may lie in the next word; shifted in two steps, as by 32
-        after = lax.shift_left(_pick(words[1:], bit // 32), jnp.ones(wide, jnp.int32))
-        code |= lax.shift_left(after, 31 - bit % 32)
-    return (code & (entries - 1)).reshape(config.tokens, count)
+    shape = config.tokens, count // per_unit
+    token = jnp.broadcast_to((start + jnp.arange(shape[0]))[:, None], shape)
+    first = jnp.broadcast_to((words_per_unit * jnp.arange(shape[1]))[None, :], shape)
+    at = jnp.broadcast_to(row, shape), token
+    words = [plt.load(codes_ref.at[(*at, first + i)], mask=mask, other=0) for i in range(words_per_unit)]
+    if words_per_unit == 1:  # a shift of each element's own is a little faster where it is all
+        wide = *shape, per_unit
+        shift = jnp.broadcast_to((bits * jnp.arange(per_unit))[None, None, :], wide)
+        spread = lax.shift_right_logical(jnp.broadcast_to(words[0][:, :, None], wide), shift)
+        return (spread & (entries - 1)).reshape(config.tokens, count)
+    codes = [_cut(words, i * bits, bits) for i in range(per_unit)]
+    return _interleave(codes).reshape(config.tokens, count)
 
 
-def _pick(words: list[Array], index: Array) -> Array:
-    """Element by element words[index]; the last one for an index past it."""
-    out = words[-1]
-    for i, word in reversed(list(enumerate(words[:-1]))):
-        out = jnp.where(index <= i, word, out)
-    return out
+def _cut(words: list[Array], at: int, bits: int) -> Array:
+    """`bits` bits, from bit `at` of the words on."""
+    word, bit = divmod(at, 32)
+    code = lax.shift_right_logical(words[word], jnp.full_like(words[word], bit)) if bit else words[word]
+    if bit + bits > 32:
+        code |= words[word + 1] << (32 - bit)
+    return code & (2**bits - 1)
+
+
+def _interleave(parts: list[Array]) -> Array:
+    """2^k arrays as one of k more axes of 2, which the parts' index counts up, the last axis fastest."""
+    if len(parts) == 1:
+        return parts[0]
+    return jnp.stack([_interleave(parts[::2]), _interleave(parts[1::2])], axis=-1)
 
 
 def _unpack(codes_ref, row, start, mask, shape: tuple[int, int], bits: int) -> Array:

@@ -18,6 +18,7 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.rms_norm import mosaic_gpu as norm
 from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
 from pallas_kernels.vq_decode_attention import mosaic_gpu as attention
 from pallas_kernels.vq_encode import mosaic_gpu as encoding
@@ -152,6 +153,7 @@ def thread():
 
 
 def warp():
+    _whole_warp()  # a device asks lane 0 for it
     return u32(_local.warp)
 
 
@@ -194,6 +196,10 @@ def exp2(x):
 def log2(x):
     with np.errstate(divide="ignore"):
         return Reg(np.log2(x.value))
+
+
+def rsqrt(x):
+    return Reg(1 / np.sqrt(x.value))
 
 
 def multiply_add(a, b, c):
@@ -381,7 +387,7 @@ def install(monkeypatch):
     """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors, in blocks of few
     warps: a warp more is as much again to simulate."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda: MULTIPROCESSORS)
-    for kernel in (attention, encoding):
+    for kernel in (attention, encoding, norm):
         for name in ("_WARPGROUPS", "_FEW_WARPGROUPS", "_MANY_WARPGROUPS"):
             monkeypatch.setattr(kernel, name, 1, raising=False)
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]

@@ -67,6 +67,17 @@ def test_the_output_is_the_softmax_over_the_tokens_that_count_on_a_device(case, 
 
 
 @every
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_an_output_in_16_bits_is_the_float32_one_rounded(how, dtype):
+    arrays, options = cases.Decode(lengths=(0, 5, 30), tokens=30, group=3).arguments()
+    wide, lse = vq_decode_attention(*arrays, **options, **how)
+    output, same_lse = vq_decode_attention(*arrays, **options, out_dtype=dtype, **how)
+    assert output.dtype == jnp.dtype(dtype)
+    np.testing.assert_array_equal(np.asarray(output), np.asarray(wide.astype(dtype)))
+    np.testing.assert_array_equal(np.asarray(lse), np.asarray(same_lse))
+
+
+@every
 def test_what_lies_past_the_length_is_never_seen(how):
     case = cases.Decode(lengths=(5, 30), tokens=30)
     (q, keys, values, *rest), options = case.arguments()

@@ -180,6 +180,11 @@ class CacheMethod(abc.ABC):
         del layer, statistics, seed, shared
         return {}
 
+    def reading(self) -> str:
+        """What the time to read this cache depends on, as a key of a device's measurements (`vecinfer_jax.devices`)."""
+        settings = [name for name in ("bits", "group") if hasattr(self, name)]
+        return " ".join([self.name, *(f"{name}={getattr(self, name)}" for name in settings)])
+
     def calibration_key(self) -> dict[str, Any]:
         """The settings that a calibration depends on: an artefact serves every method with an equal key."""
         return {"method": self.name}

@@ -35,7 +35,7 @@ class VecInferStore:
 
     key_codes, value_codes:         uint8[B, Hkv, S, bytes], a token's packed codes contiguous.
     key_codebook, value_codebook:   [Hkv or 1, 2^b, d], in the model's dtype; codes are chosen with these values.
-    smooth:                         float32[Hkv, D], lambda; ones where the transform does not smooth.
+    smooth, inverse_smooth:         float32[Hkv, D], lambda and 1 / lambda; ones where the transform does not smooth.
     """
 
     key_codes: UInt8[Array, "B Hkv S kbytes"] = array_field("codes")
@@ -43,6 +43,7 @@ class VecInferStore:
     key_codebook: Float[Array, "Hk K d"] = array_field("codebooks")
     value_codebook: Float[Array, "Hv K d"] = array_field("codebooks")
     smooth: Float[Array, "Hkv D"] = array_field("codebooks")
+    inverse_smooth: Float[Array, "Hkv D"] = array_field("codebooks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,8 @@ class VecInfer(VectorQuantisedMethod):
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> VecInferStore:
         empty = self.empty_store(layer, batch, slots, calibration)
         assert calibration is not None
-        return VecInferStore(**empty, smooth=jnp.asarray(calibration["smooth"], jnp.float32))
+        smooth = jnp.asarray(calibration["smooth"], jnp.float32)
+        return VecInferStore(**empty, smooth=smooth, inverse_smooth=1.0 / smooth)
 
     # -- transforms (section 3.2); scores are invariant: transform_query(q) . transform_key(k) = q . k
 
@@ -177,7 +179,7 @@ class VecInfer(VectorQuantisedMethod):
         if self.transform == "hadamard-smooth":
             rotation = jnp.asarray(hadamard(jnp.eye(store.smooth.shape[1], dtype=jnp.float32)))
             return {"matrix": rotation[None] / store.smooth[:, None, :]}
-        return {"scale": 1.0 / store.smooth, "hadamard": self.rotates}
+        return {"scale": store.inverse_smooth, "hadamard": self.rotates}
 
     def read(
         self, store: VecInferStore, start: Int[Array, ""], size: int, layer: LayerShape
@@ -205,6 +207,7 @@ class VecInfer(VectorQuantisedMethod):
             query_hadamard=fused and self.rotates,
             exact=self.exact_tokens(cache),
             exact_q=q,
+            out_dtype=q.dtype,
             **self._how("vq_decode_attention"),
         )[0]
 

@@ -44,6 +44,9 @@ class VectorQuantisedMethod(WindowedMethod):
     def bits_per_element(self, layer: LayerShape) -> float:
         return (self.key_format.bits + self.value_format.bits) / 2
 
+    def reading(self) -> str:
+        return f"{self.name} {self.key_format}/{self.value_format}"
+
     def calibration_key(self) -> dict[str, Any]:
         return {"method": self.name, "key": str(self.key_format), "value": str(self.value_format)}
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels import rms_norm
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCache, LayerShape, MeshAxes, ReadMode
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.models.config import ModelConfig
@@ -28,17 +29,25 @@ def _precision(dtype: Any) -> jax.lax.Precision | None:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the last axis, statistics in float32."""
+    """Root-mean-square norm over the last axis, statistics in float32.
+
+    `fused`: in a decoding step, by a kernel where there is one; it has no gradient.
+    """
 
     epsilon: float
     dtype: Any
 
+    def __call__(self, x: Float[Array, "*shape width"], fused: bool = False) -> Float[Array, "*shape width"]:
+        return self.add(x, None, fused)[1]
+
     @nn.compact
-    def __call__(self, x: Float[Array, "*shape width"]) -> Float[Array, "*shape width"]:
+    def add(
+        self, x: Float[Array, "*shape width"], delta: Float[Array, "*shape width"] | None, fused: bool
+    ) -> tuple[Float[Array, "*shape width"], Float[Array, "*shape width"]]:
+        """-> (x + delta, its norm)."""
         weight = self.param("scale", nn.initializers.ones, (x.shape[-1],), self.dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.epsilon)
-        return weight * normed.astype(self.dtype)
+        implementation = None if fused else "xla"
+        return rms_norm(x, weight, epsilon=self.epsilon, delta=delta, implementation=implementation)
 
 
 class Attention(nn.Module):
@@ -139,10 +148,10 @@ class DecoderLayer(nn.Module):
         """-> (output, normed input of the attention, cache); `previous` is the layer before's normed input."""
         if previous is not None:
             cache = method.prefetch(previous, self.attention.project_query, chunk, cache)
-        normed = self.input_norm(x)
+        normed = self.input_norm(x, decode)
         attended, cache = self.attention(normed, chunk, cache, method, decode)
-        x = x + attended
-        x = x + self.feed_forward(self.post_attention_norm(x))
+        x, between = self.post_attention_norm.add(x, attended, decode)
+        x = x + self.feed_forward(between)
         return x, normed, cache
 
 
