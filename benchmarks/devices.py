@@ -2,8 +2,8 @@
 
     python benchmarks/devices.py
 
-Reads results/<device>/step-llama-8b.json and the read bandwidth in kernels.json beside it, and prints how far every
-measured step is from its prediction, those of other models (step-<model>.json), which are not fitted, included.
+Reads results/<device>/step-<model>.json, and prints how far every measured step is from its prediction, those of models
+that are not fitted included.
 """
 
 import dataclasses
@@ -17,13 +17,14 @@ from vecinfer_jax import specs
 from vecinfer_jax.bench import SHAPES
 from vecinfer_jax.caches import METHODS
 from vecinfer_jax.devices import Device, Reading
-from vecinfer_jax.plan import bytes_read, milliseconds
+from vecinfer_jax.models import ModelConfig
+from vecinfer_jax.plan import bytes_read, milliseconds, weights_read
 
 ROOT = Path(__file__).resolve().parent / "results"
 TARGET = ROOT.parent.parent / "vecinfer_jax" / "devices.json"
 # Short name, folder of results, bytes of memory as the driver gives them.
 DEVICES = {"h100": ("nvidia-h100-80gb-hbm3", 81559 * 2**20)}
-FITTED = "llama-3.1-8b"
+FITTED = ("llama-3.1-8b", "smollm2-135m")
 
 
 def rows_of(folder: str, model: str) -> list[dict[str, Any]]:
@@ -37,30 +38,38 @@ def method_of(row: dict[str, Any]) -> Any:
 
 
 def fit(folder: str, memory: int) -> Device:
-    config, rows = SHAPES[FITTED], rows_of(folder, FITTED)
-    kernels = json.loads((ROOT / folder / "kernels.json").read_text())["rows"]
-    bandwidth = next(row["gb_per_s"] for row in kernels if row["name"].startswith("read bandwidth"))
-    name = json.loads((ROOT / folder / f"step-{FITTED}.json").read_text())["environment"]["device"]
-    device = Device(name, memory, bandwidth, 0.0, {})
-    layers = config.num_layers
-    by_cache: dict[str, list[dict[str, Any]]] = {}
-    for row in rows:
-        by_cache.setdefault(method_of(row).reading(), []).append(row)
-    for key in sorted(by_cache, key=lambda key: key != "full"):  # a layer's own time is full precision's
-        of_cache, free = by_cache[key], dataclasses.replace(device, caches={key: Reading(np.inf, 0.0)})
-        if len(of_cache) < 2:
+    """Least squares of relative errors: first full precision's weights, layers and cache, then every other cache's."""
+    name = json.loads((ROOT / folder / f"step-{FITTED[0]}.json").read_text())["environment"]["device"]
+    by_cache: dict[str, list[tuple[ModelConfig, Any, dict[str, Any]]]] = {}
+    for model in FITTED:
+        for row in rows_of(folder, model):
+            method = method_of(row)
+            by_cache.setdefault(method.reading(), []).append((SHAPES[model], method, row))
+    matrix, ones = [], []
+    for config, method, row in by_cache.pop("full"):
+        read = bytes_read(config, method, row["batch"], row["tokens"])
+        terms = np.array([weights_read(config) / 1e6, config.num_layers / 1e3, read / 1e6])
+        matrix.append(terms / row["ms_per_step"])
+        ones.append(1.0)
+    (per_weight, layer_us, per_byte), *_ = np.linalg.lstsq(np.array(matrix), np.array(ones))
+    caches = {"full": Reading(round(float(1 / per_byte), 1), 0.0)}
+    device = Device(name, memory, round(float(1 / per_weight), 1), round(float(layer_us), 2), caches)
+    for key, rows in sorted(by_cache.items(), key=lambda item: -len(item[1])):
+        alike = [reading.layer_us for other, reading in caches.items() if other.split()[0] == key.split()[0]]
+        if len(rows) == 1 and not alike:
             continue
-        rest, matrix = [], []
-        for row in of_cache:
-            method, ms = method_of(row), row["ms_per_step"]
-            known = milliseconds(config, method, row["batch"], row["tokens"], free)
-            read = bytes_read(config, method, row["batch"], row["tokens"])
-            rest.append((ms - known) / ms)
-            matrix.append([layers / 1e3 / ms, read / 1e6 / ms])
-        (layer_us, per_gb), *_ = np.linalg.lstsq(np.array(matrix), np.array(rest))
-        if key == "full":
-            device, layer_us = dataclasses.replace(device, layer_us=round(float(layer_us), 2)), 0.0
-        device.caches[key] = Reading(round(float(1 / per_gb), 1), round(float(layer_us), 2))
+        free, matrix, rest = dataclasses.replace(device, caches={key: Reading(np.inf, 0.0)}), [], []
+        for config, method, row in rows:
+            batch, tokens, ms = row["batch"], row["tokens"], row["ms_per_step"]
+            read = bytes_read(config, method, batch, tokens)
+            matrix.append(np.array([config.num_layers / 1e3, read / 1e6]) / ms)
+            rest.append(1.0 - (milliseconds(config, method, batch, tokens, free) or 0.0) / ms)
+        if len(rows) == 1:  # a layer takes as long with the same method in another width
+            layer_us = alike[0]
+            per_byte = (rest[0] - layer_us * matrix[0][0]) / matrix[0][1]
+        else:
+            (layer_us, per_byte), *_ = np.linalg.lstsq(np.array(matrix), np.array(rest))
+        caches[key] = Reading(round(float(1 / per_byte), 1), round(float(layer_us), 2))
     return device
 
 

@@ -84,7 +84,7 @@ def main() -> None:
             raise SystemExit(f"{ROWS[index]}: {done.stderr.strip().splitlines()[-1]}")
         rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-        results.write("prefill-llama-8b", {"rows": rows}, args.output)
+        results.write("prefill-llama-3.1-8b", {"rows": rows}, args.output)
 
 
 if __name__ == "__main__":

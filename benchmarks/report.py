@@ -1,5 +1,5 @@
-"""Writes the tables of README.md and docs/quality.md from the JSON files under results/. Run with --check, it only says
-whether they are.
+"""Writes the tables of README.md and of docs/ from the JSON files under results/, and the plots in docs/images. Run
+with --check, it only says whether the tables are up to date.
 
     python benchmarks/report.py [--check]
 
@@ -14,75 +14,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import performance
+from performance import table
+
 from vecinfer_jax.evaluation.report import USUAL_CALIBRATION, label_table, method_label, task_table
 
 ROOT = Path(__file__).resolve().parent
-PAGES = [ROOT.parent / "README.md", ROOT.parent / "docs" / "quality.md"]
+PAGES = [ROOT.parent / "README.md", *(ROOT.parent / "docs" / f"{name}.md" for name in ("quality", "performance"))]
 SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
-H100 = "nvidia-h100-80gb-hbm3"
-
-
-def read(device: str, name: str) -> dict[str, Any]:
-    return json.loads((ROOT / "results" / device / f"{name}.json").read_text())
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def decode_kernel() -> str:
-    rows = []
-    for row in read(H100, "kernels")["rows"]:
-        match = re.fullmatch(
-            r"vq_decode_attention K (\S+) V (\S+) (\S+): B(\d+) S(\d+) (\S+) heads D(\d+)", row["name"]
-        )
-        if match is None:
-            continue
-        key, value, _, batch, tokens, heads, dim = match.groups()
-        shape = f"B{batch} S{int(tokens):,}, {heads} heads, D{dim}"
-        formats = key if key == value else f"K {key}, V {value}"
-        triton = f"{row['triton_us']:.0f}" if "triton_us" in row else ""
-        share = f"{row['percent_of_bandwidth']:.0f}%"
-        times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
-        rows.append([shape, formats, *times, f"{row['ratio']:.2f}x", share, triton])
-    header = ["shape", "format", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth", "Triton kernel, µs"]
-    return table(header, rows)
-
-
-def encode_kernel() -> str:
-    """One row a format: 8,192 tokens by kind, then keys and values of a long prompt beside the layer's products."""
-    formats: dict[str, dict[str, str]] = {}
-    for row in read(H100, "kernels")["rows"]:
-        if match := re.fullmatch(r"vq_encode (d\d+b\d+) (.+): (\d+) (?:tokens x|random) .*", row["name"]):
-            form, kind, count = match.groups()
-            cells = formats.setdefault(form, {})
-            if "largest_excess" in row:
-                cells["excess"] = f"{row['largest_excess']:.0e}"
-            elif kind.startswith("K ("):
-                cells[f"{kind} {count}"] = f"{row['us'] / 1e3:.2f} ms, {row['percent']:.1f}%"
-            else:
-                cells[kind] = f"{row['us']:.0f}"
-    columns = {
-        "V, µs": "values",
-        "K Hadamard, µs": "keys with rope, smooth, Hadamard",
-        "K dense map, µs": "keys with rope, mean, dense map",
-        "K + V of 32,768 tokens (of QKV + MLP)": "K (rope, smooth, Hadamard) + V 32768",
-        "with the dense map": "K (rope, mean, dense map) + V 32768",
-        "largest excess of 10^6": "excess",
-    }
-    rows = [[form, *(cells.get(key, "") for key in columns.values())] for form, cells in formats.items()]
-    return table(["format", *columns], rows)
-
-
-def other_kernels() -> str:
-    rows = []
-    for row in read(H100, "kernels")["rows"]:
-        if not row["name"].startswith("hadamard") and "one token" not in row["name"]:
-            continue
-        peer = f"{row['peer']}: {row['peer_us']:.0f}" if "peer" in row else ""
-        rows.append([row["name"], f"{row['us']:.0f}", peer])
-    return table(["kernel", "ours, µs", "peer, µs"], rows)
 
 
 def rows_of(model: str, task: str, **settings: Any) -> list[dict[str, Any]]:
@@ -240,39 +179,8 @@ def formats() -> str:
     return table(["keys \\ values", *(names[v] for v in order)], lines)
 
 
-def memory() -> str:
-    rows = []
-    for row in read(H100, "memory")["rows"]:
-        if row["kind"] == "cache":
-            allocated, device = row["allocated_bytes"]["total"], row["device_bytes"]
-            what = f"cache, B{row['batch']}, {row['tokens']:,} tokens"
-        else:
-            allocated, device = row["peak_bytes"], row["device_peak_bytes"]
-            what = f"peak of a prompt of {row['tokens']:,}, {row['chunk']:,} at a time"
-        off = f"{100 * (allocated / device - 1):+.1f}%"
-        rows.append([row["method"], what, f"{allocated / 2**20:,.0f}", f"{device / 2**20:,.0f}", off])
-    return table(["cache", "what", "reported, MiB", "device says, MiB", "difference"], rows)
-
-
-def steps() -> str:
-    rows = []
-    for row in read(H100, "generate-smollm2-135m-instruct")["rows"]:
-        rows.append(
-            [
-                row["method"],
-                f"B{row['batch']}, prompt {row['prompt_length']:,}",
-                f"{row['prefill_ms']:.0f}",
-                f"{row['decode_ms_per_step']:.2f}",
-                f"{row['cache_bytes']['total'] / 2**20:.0f} MiB",
-            ]
-        )
-    return table(["cache", "shape", "prefill, ms", "decode, ms a step", "cache allocated"], rows)
-
-
 TABLES: dict[str, Callable[[], str]] = {
-    "decode-kernel": decode_kernel,
-    "encode-kernel": encode_kernel,
-    "other-kernels": other_kernels,
+    **performance.TABLES,
     "quality": quality,
     "paper-smollm2": perplexities(SMOLLM2),
     "paper-qwen": perplexities(QWEN),
@@ -285,8 +193,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),
     "gsm8k": answers("gsm8k", QWEN),
-    "memory": memory,
-    "steps": steps,
 }
 
 
@@ -302,6 +208,8 @@ def main() -> int:
             stale.append(page)
             if not check:
                 page.write_text(new, encoding="utf-8")
+    if not check:
+        performance.draw()
     if check and stale:
         print(f"{stale[0].name} is out of date: run python benchmarks/report.py", file=sys.stderr)
         return 1

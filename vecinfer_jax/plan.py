@@ -1,6 +1,7 @@
 """What a model with a cache will take of a device's memory, before anything is allocated there."""
 
 import dataclasses
+import functools
 from collections import Counter
 from typing import Any
 
@@ -60,7 +61,7 @@ def plan(
     for name, value in (("batch", batch), ("tokens", tokens), ("memory", memory)):
         if value < 1:
             raise InputError(f"{name}={value} must be 1 or more")
-    weights = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(param_shapes(config, dtype)))
+    weights = _parameters(config) * jnp.dtype(dtype).itemsize
     held = cache_bytes(config, method, batch, tokens, dtype)
     free = memory - weights - RESERVE
     # Allocated bytes grow linearly beyond the window.
@@ -91,12 +92,12 @@ def milliseconds(config: ModelConfig, method: CacheMethod, batch: int, tokens: i
     """A decoding step in 16 bits as `vecinfer_jax.devices` models it; None for a cache that was not measured."""
     n = config.num_layers
     alike = Counter(method.for_layer(i, n) for i in range(n))
-    total = _weights_read(config) / device.weights_gb_per_s / 1e6
+    total = weights_read(config) / device.weights_gb_per_s / 1e6
     for of_layer, layers in alike.items():
         reading = device.caches.get(of_layer.reading())
         if reading is None:
             return None
-        read = bytes_read(config, of_layer, batch, tokens) / n
+        read = bytes_read(dataclasses.replace(config, num_layers=1), of_layer, batch, tokens)
         total += layers * ((device.layer_us + reading.layer_us) / 1e3 + read / reading.gb_per_s / 1e6)
     return total
 
@@ -107,10 +108,15 @@ def bytes_read(config: ModelConfig, method: CacheMethod, batch: int, tokens: int
     return held["codes"] + held["window"]
 
 
-def _weights_read(config: ModelConfig) -> int:
+def weights_read(config: ModelConfig) -> int:
     """Bytes of 16-bit weights that a step reads: all but an embedding that is only looked up in."""
-    every = sum(2 * x.size for x in jax.tree.leaves(param_shapes(config, jnp.bfloat16)))
-    return every - (0 if config.tie_embeddings else 2 * config.vocab_size * config.hidden_size)
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    return 2 * (_parameters(config) - looked_up)
+
+
+@functools.lru_cache(maxsize=32)
+def _parameters(config: ModelConfig) -> int:
+    return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
 def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any) -> dict[str, int]:
