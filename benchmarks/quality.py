@@ -34,6 +34,7 @@ SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
 WINDOWS = {SMOLLM2: 12, QWEN: 6}
 FORMATS = ("d8b8", "d8b12", "d4b8", "d4b12", "d2b8")
 TRANSFORMS = ("none", "smooth", "hadamard", "hadamard-smooth")
+CENTRING = ("mean-smooth-hadamard", "rotation")
 PAPER = [f"vecinfer:bits={bits:g}" for bits in (4, 3, 2, 1.5, 1.25, 1)] + ["vecinfer:key=d4b10,value=d8b12"]
 BASELINES = [
     *(f"kivi:bits={bits},group=32" for bits in (4, 2)),
@@ -83,6 +84,21 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         },
         "formats": {
             "methods": [f"vecinfer:key={k},value={v},residual=0" for k in FORMATS for v in FORMATS],
+            "tasks": [text],
+            "seeds": [0],
+        },
+        # Calibrated on passages as long as the windows that are scored: --passages 32 --passage-length 1024.
+        "metric": {
+            "methods": [f"vecinfer:bits=2,transform=metric,sink=1,residual={r}" for r in (0, 128)],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        "metric-widths": {
+            "methods": [
+                *(f"vecinfer:bits={bits},transform=metric,sink=1,residual=0" for bits in (4, 3, 1.5, 1)),
+                *(f"vecinfer:bits=2,transform={t},sink=1,residual=0" for t in ("smooth-hadamard", *CENTRING)),
+                "vecinfer:bits=2,transform=metric,sink=1,residual=0,rotate_values=true",
+            ],
             "tasks": [text],
             "seeds": [0],
         },

@@ -34,6 +34,9 @@ def shapes(method, head_dim, heads, dtype, batch=2, capacity=640, tokens=1):
             "smooth": jnp.ones((heads[1], head_dim)),
             "key_codebook": jnp.zeros((heads[1], key.entries, key.length)),
             "value_codebook": jnp.zeros((heads[1], value.entries, value.length)),
+            "mean": jnp.zeros((heads[1], head_dim)),
+            "key_map": jnp.zeros((heads[1], head_dim, head_dim)),
+            "query_map": jnp.zeros((heads[1], head_dim, head_dim)),
         }
 
     def init():
@@ -50,7 +53,11 @@ def step(decoder, decode=True):
     return jax.jit(run, donate_argnums=3)
 
 
-@pytest.mark.parametrize("method", [FullPrecision(), VecInfer(bits=2), VecInfer(bits=1.5, sink=4)], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [FullPrecision(), VecInfer(bits=2), VecInfer(bits=1.5, sink=4), VecInfer(transform="metric", sink=1)],
+    ids=repr,
+)
 def test_the_xla_step_and_prefill_lower_for_tpu(method):
     for tokens, decode in ((1, True), (256, False)):
         decoder, args = shapes(method, 128, (8, 2), jnp.bfloat16, tokens=tokens)
@@ -72,6 +79,14 @@ def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype, imp
             text = step(decoder, decode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
             assert ("mosaic_gpu" in text) == (implementation == "mosaic_gpu" and decode)
             assert ("triton" in text) == (implementation == "triton")
+
+
+def test_a_step_with_a_dense_map_of_the_keys_lowers_for_cuda():
+    method = VecInfer(bits=2, sink=1, transform="metric", implementation="mosaic_gpu")
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        decoder, args = shapes(method, 128, (32, 8), jnp.bfloat16)
+        text = step(decoder).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "vq_append" in text and "vq_decode_attention" in text and "triton" not in text
 
 
 @pytest.mark.parametrize("form", [(2, 8), (4, 8), (8, 8), (2, 4), (4, 10), (4, 12), (8, 12)], ids=str)

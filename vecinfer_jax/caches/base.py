@@ -152,6 +152,11 @@ class CacheMethod(abc.ABC):
         del hidden, project_query, chunk
         return cache
 
+    @property
+    def folds_values(self) -> bool:
+        """Whether `fold_values` changes anything."""
+        return type(self).fold_values is not CacheMethod.fold_values
+
     def fold_values(
         self,
         layer: LayerShape,

@@ -9,12 +9,14 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch, hadamard, vq_append, vq_decode_attention, vq_encode
+from pallas_kernels.vq_decode_attention.exact import product
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
@@ -23,9 +25,13 @@ from vecinfer_jax.caches.rows import read_slots, write_chunk
 from vecinfer_jax.caches.vector_quantised import VectorQuantisedMethod
 from vecinfer_jax.caches.windowed import WindowedCache
 from vecinfer_jax.calibration.codebooks import codebook_of, pooled_codebook
+from vecinfer_jax.calibration.metric import metric_map, principal_rotation
 from vecinfer_jax.errors import InputError
 
-TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", "none")
+# The paper's and its ablation, then those that take the keys' mean off first.
+PAPER_TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", "none")
+CENTRING_TRANSFORMS = ("metric", "rotation", "mean-smooth-hadamard")
+TRANSFORMS = (*PAPER_TRANSFORMS, *CENTRING_TRANSFORMS)
 SCOPES = ("layer_head", "layer", "global")
 
 
@@ -36,6 +42,8 @@ class VecInferStore:
     key_codes, value_codes:         uint8[B, Hkv, S, bytes], a token's packed codes contiguous.
     key_codebook, value_codebook:   [Hkv or 1, 2^b, d], in the model's dtype; codes are chosen with these values.
     smooth, inverse_smooth:         float32[Hkv, D], lambda and 1 / lambda; ones where the transform does not smooth.
+    mean:                           float32[Hkv, D], taken off every key, where the transform centres.
+    key_map, query_map:             float32[Hkv, D, D], k' = k key_map and q' = q query_map, where it is a dense map.
     """
 
     key_codes: UInt8[Array, "B Hkv S kbytes"] = array_field("codes")
@@ -44,6 +52,9 @@ class VecInferStore:
     value_codebook: Float[Array, "Hv K d"] = array_field("codebooks")
     smooth: Float[Array, "Hkv D"] = array_field("codebooks")
     inverse_smooth: Float[Array, "Hkv D"] = array_field("codebooks")
+    mean: Float[Array, "Hkv D"] | None = array_field("codebooks")
+    key_map: Float[Array, "Hkv D D"] | None = array_field("codebooks")
+    query_map: Float[Array, "Hkv D D"] | None = array_field("codebooks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +63,12 @@ class VecInfer(VectorQuantisedMethod):
 
     bits:       4, 3, 2, 1.5, 1.25 or 1: the paper's formats for that average.
     key, value: formats such as "d4b10", "d8b12" in place of the paper's.
-    transform:  of the keys; "smooth-hadamard" is the paper.
+    transform:  of the keys. "smooth-hadamard" is the paper, "hadamard-smooth", "smooth", "hadamard" and "none" its
+        ablation. "metric" is ours (`vecinfer_jax.calibration.metric`): the mean of a head's keys taken off, and a dense
+        map that weighs errors as queries see them; to be used with sink=1 or more, since the first token's key is far
+        from every other. "rotation" is the same without the queries, "mean-smooth-hadamard" the paper's on keys without
+        their mean.
+    rotate_values: turn values to their principal directions, in serpentine order; folded into W_v and W_o.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
     implementation: of the kernels ("mosaic_gpu" for decoding in 16 bits on Hopper, "triton", "xla"; None: the best that
@@ -61,6 +77,7 @@ class VecInfer(VectorQuantisedMethod):
 
     transform: str = "smooth-hadamard"
     scope: str = "layer_head"
+    rotate_values: bool = dataclasses.field(default=False, metadata={"later": True})
     implementation: str | None = None
     interpret: bool = False
 
@@ -87,6 +104,16 @@ class VecInfer(VectorQuantisedMethod):
         """Whether keys are divided by lambda."""
         return "smooth" in self.transform
 
+    @property
+    def centres(self) -> bool:
+        """Whether a head's mean is taken off its keys, exact ones included."""
+        return self.transform in CENTRING_TRANSFORMS
+
+    @property
+    def maps(self) -> bool:
+        """Whether keys go through a dense matrix."""
+        return self.transform in ("metric", "rotation")
+
     def validate(self, layer: LayerShape) -> None:
         super().validate(layer)
         if self.rotates and layer.head_dim & (layer.head_dim - 1):
@@ -95,19 +122,33 @@ class VecInfer(VectorQuantisedMethod):
             )
 
     def calibration_key(self) -> dict[str, Any]:
-        return super().calibration_key() | {"transform": self.transform, "scope": self.scope}
+        key = super().calibration_key() | {"transform": self.transform, "scope": self.scope}
+        if self.centres:  # sinks are no part of what is fitted
+            key["first"] = self.sink
+        if self.rotate_values:
+            key["values"] = "rotated"
+        return key
 
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> VecInferStore:
         empty = self.empty_store(layer, batch, slots, calibration)
         assert calibration is not None
         smooth = jnp.asarray(calibration["smooth"], jnp.float32)
-        return VecInferStore(**empty, smooth=smooth, inverse_smooth=1.0 / smooth)
+        names = [*(["mean"] if self.centres else []), *(["key_map", "query_map"] if self.maps else [])]
+        maps: dict[str, Any] = {"mean": None, "key_map": None, "query_map": None}
+        maps |= {name: jnp.asarray(calibration[name], jnp.float32) for name in names}
+        return VecInferStore(**empty, **maps, smooth=smooth, inverse_smooth=1.0 / smooth)
 
     # -- transforms (section 3.2); scores are invariant: transform_query(q) . transform_key(k) = q . k
+
+    def centred(self, k: Float[Array, "*B Hkv D"], store: VecInferStore) -> Float[Array, "*B Hkv D"]:
+        return k if store.mean is None else (k.astype(jnp.float32) - store.mean).astype(k.dtype)
 
     def transform_query(self, q: Float[Array, "*B Hq D"], store: VecInferStore) -> Float[Array, "*B Hq D"]:
         """q after RoPE, into the space of the coded keys; float32 arithmetic, q's dtype out."""
         rows = q.reshape(-1, *q.shape[-2:])
+        if store.query_map is not None:
+            grouped = rows.astype(jnp.float32).reshape(rows.shape[0], store.query_map.shape[0], -1, q.shape[-1])
+            return product("bhgi,hij->bhgj", grouped, store.query_map).reshape(q.shape).astype(q.dtype)
         if self.transform != "hadamard-smooth":
             return transform_queries(rows, store.smooth, self.rotates, **self._how("hadamard")).reshape(q.shape)
         heads, dim = store.smooth.shape
@@ -115,7 +156,9 @@ class VecInfer(VectorQuantisedMethod):
         return (rotated * store.smooth[:, None]).reshape(q.shape).astype(q.dtype)
 
     def restore_key(self, k: Float[Array, "B Hkv S D"], store: VecInferStore) -> Float[Array, "B Hkv S D"]:
-        """A decoded key back into the model's space (the inverse of the keys' transform)."""
+        """A decoded key back into the model's space (the inverse of the keys' transform), but for the mean."""
+        if store.query_map is not None:  # the inverse of key_map is query_map's transpose
+            return product("bhsj,hij->bhsi", k.astype(jnp.float32), store.query_map)
         x, smooth = k.astype(jnp.float32), store.smooth[:, None, :]
         if self.transform == "hadamard-smooth":
             return self._rotate(x * smooth)
@@ -179,6 +222,8 @@ class VecInfer(VectorQuantisedMethod):
         if self.transform == "hadamard-smooth":
             rotation = jnp.asarray(hadamard(jnp.eye(store.smooth.shape[1], dtype=jnp.float32)))
             return {"matrix": rotation[None] / store.smooth[:, None, :]}
+        if store.key_map is not None:
+            return {"matrix": store.key_map}
         return {"scale": store.inverse_smooth, "hadamard": self.rotates}
 
     def read(
@@ -193,8 +238,8 @@ class VecInfer(VectorQuantisedMethod):
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
     ) -> Float[Array, "B Hq D"]:
         store = cache.store
-        # The kernels know these two steps in this order; another order is taken beforehand.
-        fused = self.transform != "hadamard-smooth"
+        # The kernels know these two steps in this order; another order, or a map, is taken beforehand.
+        fused = self.transform != "hadamard-smooth" and not self.maps
         return vq_decode_attention(
             q if fused else self.transform_query(q, store),
             store.key_codes,
@@ -221,7 +266,7 @@ class VecInfer(VectorQuantisedMethod):
             return pooled_codebook(vectors, length=form.length, entries=form.entries, seed=seed)
 
         keys = [self._coded_keys(layer, s)[1] for layer, s in zip(layers, statistics, strict=True)]
-        values = [np.asarray(s.values, np.float32) for s in statistics]
+        values = [self._coded_values(s)[1] for s in statistics]
         return {
             "key_codebook": codebook(keys, self.key_format, seed),
             "value_codebook": codebook(values, self.value_format, seed + 1),
@@ -230,34 +275,87 @@ class VecInfer(VectorQuantisedMethod):
     def calibrate_layer(
         self, layer: LayerShape, statistics: Any, seed: int, shared: Any = None
     ) -> dict[str, np.ndarray]:
-        smooth, keys = self._coded_keys(layer, statistics)
+        arrays, keys = self._coded_keys(layer, statistics)
+        rotation, values = self._coded_values(statistics)
+        arrays |= rotation
         if self.scope == "global":
-            return {"smooth": smooth, **shared}
+            return {**arrays, **shared}
 
         def codebook(vectors: np.ndarray, form: CodeFormat, seed: int) -> np.ndarray:
             per_head = self.scope == "layer_head"
             return codebook_of(vectors, length=form.length, entries=form.entries, per_head=per_head, seed=seed)
 
         return {
-            "smooth": smooth,
+            **arrays,
             "key_codebook": codebook(keys, self.key_format, seed),
-            "value_codebook": codebook(np.asarray(statistics.values, np.float32), self.value_format, seed + 1),
+            "value_codebook": codebook(values, self.value_format, seed + 1),
         }
 
-    def _coded_keys(self, layer: LayerShape, statistics: Any) -> tuple[np.ndarray, np.ndarray]:
-        """lambda [Hkv, D], and the sampled keys [N, Hkv, D] as they are encoded."""
+    def _coded_keys(self, layer: LayerShape, statistics: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The arrays of the keys' transform by their names, and the sampled keys [N, Hkv, D] as they are encoded."""
         keys = np.asarray(statistics.keys, np.float32)
+        arrays: dict[str, np.ndarray] = {"smooth": np.ones((layer.num_kv_heads, layer.head_dim), np.float32)}
+        if self.centres:
+            position = np.asarray(statistics.positions)
+            # A passage's first key is far from every other: it would move the mean and the principal directions.
+            usual = keys[position > 0]
+            arrays["mean"] = usual.mean(axis=0)
+            keys = keys[position >= self.sink] - arrays["mean"]
+            if self.maps:
+                moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
+                power = 0.25 if self.transform == "metric" else 0.0
+                maps = metric_map(moment, usual - arrays["mean"], self.key_format.length, power)
+                arrays["key_map"], arrays["query_map"] = maps
+                return arrays, np.einsum("nhi,hij->nhj", keys, arrays["key_map"])
 
         def rotate(x: np.ndarray) -> np.ndarray:
             return np.asarray(hadamard(jnp.asarray(x), implementation="xla"))
 
-        smooth = np.ones((layer.num_kv_heads, layer.head_dim), np.float32)
         if self.smooths:
             peak = statistics.rotated_key_abs_max if self.transform == "hadamard-smooth" else statistics.key_abs_max
-            smooth = smoothing_factors(np.asarray(peak, np.float32))
+            if self.centres:
+                peak = np.abs(keys).max(axis=0)
+            arrays["smooth"] = smoothing_factors(np.asarray(peak, np.float32))
+        smooth = arrays["smooth"]
         if self.transform == "hadamard-smooth":
-            return smooth, rotate(keys) / smooth
-        return smooth, rotate(keys / smooth) if self.rotates else keys / smooth
+            return arrays, rotate(keys) / smooth
+        return arrays, rotate(keys / smooth) if self.rotates else keys / smooth
+
+    def _coded_values(self, statistics: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
+        """The values' rotation, if there is one, and the sampled values as they are encoded."""
+        values = np.asarray(statistics.values, np.float32)
+        if self.centres:
+            values = values[np.asarray(statistics.positions) >= self.sink]
+        if not self.rotate_values:
+            return {}, values
+        rotation = principal_rotation(values.astype(np.float64), self.value_format.length).astype(np.float32)
+        return {"value_map": rotation}, np.einsum("nhi,hij->nhj", values, rotation)
+
+    # -- the values' rotation
+
+    @property
+    def folds_values(self) -> bool:
+        return self.rotate_values
+
+    def fold_values(
+        self,
+        layer: LayerShape,
+        calibration: LayerCalibration,
+        v_kernel: Float[Array, "hidden Hkv D"],
+        v_bias: Float[Array, "Hkv D"] | None,
+        o_kernel: Float[Array, "Hq D hidden"],
+    ) -> tuple[Array, Array | None, Array]:
+        """v R for every head's values, and R^T before W_o."""
+        assert calibration is not None
+        rotation = jnp.asarray(calibration["value_map"], jnp.float32)
+        group = layer.num_query_heads // layer.num_kv_heads
+        out = jnp.repeat(rotation, group, axis=0)
+        exact = jax.lax.Precision.HIGHEST
+        return (
+            jnp.einsum("xhi,hij->xhj", v_kernel, rotation, precision=exact),
+            None if v_bias is None else jnp.einsum("hi,hij->hj", v_bias, rotation, precision=exact),
+            jnp.einsum("hij,hix->hjx", out, o_kernel, precision=exact),
+        )
 
 
 def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarray, "Hkv D"]:

@@ -86,6 +86,12 @@ class WindowedMethod(CacheMethod):
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> Store:
         """Empty codes for `slots` tokens, and the codebooks to read them with."""
 
+    def centred(self, k: Float[Array, "*B Hkv D"], store: Store) -> Float[Array, "*B Hkv D"]:
+        """Keys after RoPE as everything here holds them: a method may take one constant off every key of a head, exact
+        and coded alike, which the softmax over them cannot see."""
+        del store
+        return k
+
     @abc.abstractmethod
     def append(
         self,
@@ -155,6 +161,7 @@ class WindowedMethod(CacheMethod):
         cache: WindowedCache,
     ) -> tuple[Float[Array, "B T Hq D"], WindowedCache]:
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
+        k = self.centred(k, cache.store)
         updated = self._append_chunk(k, v, chunk, cache)
         if chunk.first and chunk.read == "exact":
             return causal_attention(q, k, v, chunk.lengths, chunk.layer.scale), updated
@@ -191,6 +198,7 @@ class WindowedMethod(CacheMethod):
         layer, at = chunk.layer, chunk.positions[:, 0]
         cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        k = self.centred(k, cache.store)
         cache = self._append_token(k, v, at, layer, cache)
         return self.attend_cache(q, cache, layer).astype(q.dtype), cache
 

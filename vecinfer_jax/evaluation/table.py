@@ -274,6 +274,8 @@ def _settings(instance: Any) -> dict[str, Any]:
         value = getattr(instance, field.name)
         if field.name in ("implementation", "interpret"):
             continue
+        if field.metadata.get("later") and value == field.default:  # rows from before it was there mean the same
+            continue
         if isinstance(value, Path):
             settings[field.name] = value.name
             try:

@@ -17,7 +17,7 @@ def fold_values(lm: Any, method: CacheMethod, calibration: Calibration) -> Any:
     folded = dict(lm.params)
     for index in range(lm.config.num_layers):
         layer_method = method.for_layer(index, lm.config.num_layers)
-        if type(layer_method).fold_values is CacheMethod.fold_values:
+        if not layer_method.folds_values:
             continue
         name = f"layers_{index}"
         attention = dict(folded[name]["attention"])

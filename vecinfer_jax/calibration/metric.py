@@ -1,0 +1,57 @@
+"""Maps of keys and values into spaces where one codebook of short sub-vectors fits every position.
+
+A key's error matters as far as queries see it: the error of a score is q . e, its square in the mean e^T M e with the
+queries' second moment M = E[q q^T]. Keys multiplied by M^(1/2) would have errors that count alike in every direction;
+half-way there, M^(1/4), measured best (docs/quality.md). What is left of correlation and unequal variance goes by a
+rotation to the principal directions of the mapped keys, dealt to the sub-vectors like cards, in serpentine order, so
+that element r of every sub-vector has about the same variance.
+"""
+
+import numpy as np
+from jaxtyping import Float
+
+# Eigenvalues of the queries' moment are no smaller than this share of the largest: its root must be invertible.
+FLOOR = 1e-5
+
+
+def metric_map(
+    query_moment: Float[np.ndarray, "H D D"],
+    keys: Float[np.ndarray, "N H D"],
+    length: int,
+    power: float = 0.25,
+) -> tuple[Float[np.ndarray, "H D D"], Float[np.ndarray, "H D D"]]:
+    """A and B with k' = k A and q' = q B, so that q' . k' = q . k, for sub-vectors of `length`.
+
+    query_moment: E[q q^T] of each KV head's queries; keys: without their mean. A = Q U P with Q = M^power of mean
+    diagonal 1, U the principal directions of the keys times Q, P the serpentine order; B = Q^-1 U P. power=0 leaves the
+    queries out.
+    """
+    weights, vectors = np.linalg.eigh(query_moment.astype(np.float64))
+    weights = np.maximum(weights, FLOOR * weights[:, -1:]) ** power
+    scale = np.mean(np.einsum("hij,hj,hij->hi", vectors, weights, vectors), axis=1)
+    weights /= scale[:, None]
+    root = np.einsum("hij,hj,hkj->hik", vectors, weights, vectors)
+    inverse = np.einsum("hij,hj,hkj->hik", vectors, 1 / weights, vectors)
+    mapped = np.einsum("nhi,hij->nhj", keys.astype(np.float64), root)
+    rotation = principal_rotation(mapped, length)
+    return (root @ rotation).astype(np.float32), (inverse @ rotation).astype(np.float32)
+
+
+def principal_rotation(vectors: Float[np.ndarray, "N H D"], length: int) -> Float[np.ndarray, "H D D"]:
+    """U P: the principal directions of each head's vectors, in serpentine order, as columns.
+
+    Signs are such that every projection is skewed to the positive side: elements that share a codebook are alike.
+    """
+    centred = vectors - vectors.mean(axis=0)
+    moment = np.einsum("nhi,nhj->hij", centred, centred)
+    directions = np.linalg.eigh(moment)[1][:, :, ::-1]
+    skew = np.mean(np.einsum("nhi,hij->nhj", centred, directions) ** 3, axis=0)
+    directions = directions * np.where(skew < 0, -1.0, 1.0)[:, None, :]
+    return directions[:, :, serpentine(vectors.shape[2], length)]
+
+
+def serpentine(dim: int, length: int) -> np.ndarray:
+    """Which direction, counted from the largest variance, element r of sub-vector j takes; at place j * length + r."""
+    count = dim // length
+    j, r = np.meshgrid(np.arange(count), np.arange(length), indexing="ij")
+    return (r * count + np.where(r % 2 == 0, j, count - 1 - j)).reshape(-1)
