@@ -69,14 +69,16 @@ class _CodeError(CacheMethod):
         out = causal_attention(q, k, v, chunk.lengths, chunk.layer.scale)
         count = k.shape[1] // self.method.token_group * self.method.token_group  # whole groups are coded
         k, v = k[:, :count], v[:, :count]
-        store = self.method.append(cache.store, k, v, chunk.positions[:, :count], chunk.layer)
+        held = self.method.centred(k, cache.store)
+        store = self.method.append(cache.store, held, v, chunk.positions[:, :count], chunk.layer)
         keys, values = self.method.read(store, jnp.int32(0), count, chunk.layer)
 
-        def squares(x: jax.Array, coded: jax.Array) -> list[jax.Array]:
-            x = x.swapaxes(1, 2).astype(jnp.float32)
-            return [jnp.sum((x - coded.astype(jnp.float32)) ** 2), jnp.sum(x**2)]
+        def squares(x: jax.Array, given: jax.Array, coded: jax.Array) -> list[jax.Array]:
+            """Of the error of what was `given` to be coded for x, and of x."""
+            x, given = (a.swapaxes(1, 2).astype(jnp.float32) for a in (x, given))
+            return [jnp.sum((given - coded.astype(jnp.float32)) ** 2), jnp.sum(x**2)]
 
-        return out, _Sums(cache.sums + jnp.stack(squares(k, keys) + squares(v, values)), cache.store)
+        return out, _Sums(cache.sums + jnp.stack(squares(k, held, keys) + squares(v, v, values)), cache.store)
 
     def decode(self, q, k, v, chunk, cache):  # type: ignore[no-untyped-def]
         raise NotImplementedError("code errors are measured over texts, not while decoding")
