@@ -146,7 +146,7 @@ def main() -> int:
     if args.mixed_with is not None and args.calibration_text is not None:
         parser.error("give either --mixed-with or --calibration-text")
     essays = args.data / "essays.txt"
-    if not essays.exists():
+    if "long" in args.group and not essays.exists():
         text = json.loads(assets.fetch("paul-graham-essays").read_text(encoding="utf-8"))["text"]
         essays.write_text(text[:ESSAYS], encoding="utf-8")
     known = groups(args.model, args.data)

@@ -41,7 +41,7 @@ def paper_and_baselines(
 ) -> list[dict[str, Any]]:
     """Without the ablations: the paper's transform and codebooks, and its seven configurations."""
     rows = rows_of(model, task, **settings)
-    as_in_paper = {"transform": "smooth-hadamard", "scope": "layer_head"}
+    as_in_paper = {"transform": "smooth-hadamard", "scope": "layer_head", "sink": 0, "rotate_values": False}
     formats = {(None, None), ("d4b10", "d8b12")}
     return [
         row
@@ -117,7 +117,7 @@ def ablation(setting: str, **others: Any) -> Callable[[], str]:
 
     def make() -> str:
         columns = [(model, bits) for model in (SMOLLM2, QWEN) for bits in (2, 1.5)]
-        fixed = {"name": "vecinfer", "residual": 0, "key": None, "seed": 0, "length": 1024} | others
+        fixed = {"name": "vecinfer", "residual": 0, "sink": 0, "key": None, "seed": 0, "length": 1024} | others
         cells: dict[str, dict[Any, float]] = {}
         for model, bits in columns:
             for row in rows_of(model, "perplexity", **{k: v for k, v in fixed.items() if k != "name"}, bits=bits):
@@ -166,6 +166,14 @@ def long_texts() -> str:
     return table(["method", "bits", *(f"perplexity, {t}" for t in names), *(f"KL, {t}" for t in names)], cells)
 
 
+def metric() -> str:
+    """Our transforms of the keys, of the device and calibration that they were measured with."""
+    rows = []
+    for transform in ("metric", "rotation", "mean-smooth-hadamard"):
+        rows += rows_of(SMOLLM2, "perplexity", length=1024, transform=transform)
+    return task_table(rows)
+
+
 def formats() -> str:
     """Perplexity by the keys' format (rows) and the values' (columns), without a window, one seed."""
     found: dict[tuple[str, str], float] = {}
@@ -190,6 +198,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "scopes": ablation("scope", transform="smooth-hadamard"),
     "long": long_texts,
     "formats": formats,
+    "metric": metric,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),
     "gsm8k": answers("gsm8k", QWEN),

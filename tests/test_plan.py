@@ -10,6 +10,7 @@ import pytest
 
 import vecinfer_jax as vj
 from tests import small
+from vecinfer_jax import plan as planning
 from vecinfer_jax import specs
 from vecinfer_jax.bench import SHAPES, StepBench
 from vecinfer_jax.cli import main
@@ -65,8 +66,9 @@ def test_the_command_prints_a_line_a_method(capsys):
     assert kivi.startswith("kivi")
 
 
-def test_a_step_takes_its_weights_its_layers_and_its_cache():
+def test_a_step_takes_its_weights_its_layers_and_its_cache(monkeypatch):
     method = vj.VecInfer(bits=2, residual=8)
+    monkeypatch.setattr(planning, "MEASURED_HEAD_DIMS", (CONFIG.head_dim,))
     device = Device("x", 2**40, 1.0, 100.0, {"vecinfer d4b8/d4b8": Reading(2.0, 50.0), "full": Reading(4.0, 0.0)})
     ms = milliseconds(CONFIG, method, 2, 1000, device)
     weights = 2 * sum(x.size for x in jax.tree.leaves(vj.models.decoder.param_shapes(CONFIG)))
@@ -77,8 +79,30 @@ def test_a_step_takes_its_weights_its_layers_and_its_cache():
     assert mixed == pytest.approx((ms + full) / 2)
 
 
-def test_what_was_not_measured_is_not_predicted():
+def test_copies_of_folded_weights_are_counted():
+    plain, folded = (of(vj.VecInfer(bits=2, rotate_values=r)).weights_bytes for r in (False, True))
+    copied = plan_folded_leaves()
+    assert folded - plain == 2 * copied
+
+
+def plan_folded_leaves():
+    """Bytes of W_v and W_o of a layer, in float32."""
+    attention = vj.models.decoder.param_shapes(CONFIG)["layers_0"]["attention"]
+    return 4 * sum(x.size for name in ("v_proj", "o_proj") for x in jax.tree.leaves(attention[name]))
+
+
+def test_how_a_cache_is_read_depends_on_what_the_kernels_fuse():
+    usual = vj.VecInfer(bits=2).reading()
+    assert usual == vj.VecInfer(bits=2, residual=0, transform="none", implementation="mosaic_gpu").reading()
+    others = ({"transform": "metric"}, {"transform": "hadamard-smooth"}, {"implementation": "xla"}, {"bits": 4})
+    readings = {vj.VecInfer(**{"bits": 2, **settings}).reading() for settings in others}
+    assert len(readings) == 4 and usual not in readings
+
+
+def test_what_was_not_measured_is_not_predicted(monkeypatch):
     device = Device("x", 2**40, 1.0, 1.0, {"full": Reading(1.0, 0.0)})
+    assert milliseconds(CONFIG, vj.FullPrecision(), 1, 100, device) is None  # heads of 16
+    monkeypatch.setattr(planning, "MEASURED_HEAD_DIMS", (CONFIG.head_dim,))
     arguments = {"batch": 1, "tokens": 100, "memory": 2**40}
     assert plan(CONFIG, vj.KIVI(), **arguments, device=device).ms_per_step is None
     assert plan(CONFIG, vj.FullPrecision(), **arguments).ms_per_step is None

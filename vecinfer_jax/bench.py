@@ -190,6 +190,8 @@ class StepBench:
 
     def profile(self, method: CacheMethod, batch: int, tokens: int, *, steps: int = 8) -> StepProfile:
         """What the device does in one step of the decoding loop, as XLA's profiler saw it; an average over `steps`."""
+        if steps < 1:
+            raise InputError(f"steps={steps} must be 1 or more")
         engine, state = self.prepare(method, batch, tokens, FEW + steps)
         settings, stops = Sampling().settings(), jnp.zeros((0,), jnp.int32)
         state = jax.block_until_ready(engine.decode(self.params, state, FEW, settings, stops))
@@ -211,15 +213,20 @@ class StepBench:
 
 
 def step_profile(events: Iterable[tuple[str, float, float]], steps: int) -> StepProfile:
-    """Sums up (name, start, duration) of a device's events, in nanoseconds, over a number of steps."""
+    """Sums up (name, start, duration) of a device's events, in nanoseconds, over a number of steps.
+
+    Raises `InputError` where there are none: the device, or its profiler, gives no timeline.
+    """
     by_start = sorted(events, key=lambda event: event[1])
+    if not by_start:
+        raise InputError("the profiler saw nothing: steps are profiled on NVIDIA GPUs only")
     found: dict[str, list[float]] = {}
     busy, end = 0.0, 0.0
     for name, start, duration in by_start:
-        found.setdefault(re.sub(r"[_.]?\d+$", "", name)[:80], []).append(duration)
+        found.setdefault(re.sub(r"[_.]\d+$", "", name)[:80], []).append(duration)
         busy += max(0.0, start + duration - max(start, end))
         end = max(end, start + duration)
-    span = end - by_start[0][1] if by_start else 0.0
+    span = end - by_start[0][1]
     by_time = sorted(found.items(), key=lambda item: -sum(item[1]))
     return StepProfile(
         us_per_step=round(span / steps / 1e3, 2),

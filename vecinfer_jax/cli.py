@@ -224,7 +224,8 @@ def plan(
         ),
     ] = "llama-3.1-8b",
     gpu: Annotated[
-        str | None, typer.Option(help="A measured GPU (h100): its memory and times; default: this device, if measured.")
+        str | None,
+        typer.Option(help="A measured GPU (h100), its times and whole memory; default: this device."),
     ] = None,
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens a sequence.")] = 131072,
@@ -246,7 +247,7 @@ def plan(
         (text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer", "vecinfer:bits=1"]
     ]
     device = device_of_kind(jax.devices()[0].device_kind) if gpu is None else device_named(gpu)
-    given = device_memory() if gpu is None or device is None else device.memory
+    given = device_memory() if gpu is None else device_named(gpu).memory
     limit = int(memory * 2**30) if memory is not None else given
     if limit is None:
         raise InputError("this device does not say how much memory it has: give --memory, in GiB, or --gpu")
@@ -265,7 +266,9 @@ def plan(
                 + (f"  {row.ms_per_step:8.2f} ms a step" if row.ms_per_step is not None else "")
             )
     if json_out is not None:
-        _write_json(json_out, {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "rows": rows})
+        name = None if device is None else device.name
+        about = {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "device": name}
+        _write_json(json_out, about | {"rows": rows})
 
 
 @app.command()

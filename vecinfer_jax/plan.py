@@ -19,12 +19,15 @@ from vecinfer_jax.models.decoder import layer_shape, param_shapes
 
 # Kept free beside weights and caches: the runtime, a step's activations and logits.
 RESERVE = 2**30
+# Of the models whose steps were timed.
+MEASURED_HEAD_DIMS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """Bytes of decoding `batch` sequences of up to `tokens` tokens.
 
+    weights_bytes: of the model, and of the copies that a method with transformed values makes.
     cache_bytes: by kind, as the caches allocate them. bits_per_element: true bits of a coded element, mean of layers.
     memory:      of the device; fits: whether weights, caches and `RESERVE` do.
     most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not.
@@ -61,7 +64,9 @@ def plan(
     for name, value in (("batch", batch), ("tokens", tokens), ("memory", memory)):
         if value < 1:
             raise InputError(f"{name}={value} must be 1 or more")
-    weights = _parameters(config) * jnp.dtype(dtype).itemsize
+    n = config.num_layers
+    copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
+    weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
     held = cache_bytes(config, method, batch, tokens, dtype)
     free = memory - weights - RESERVE
     # Allocated bytes grow linearly beyond the window.
@@ -89,8 +94,10 @@ def plan(
 
 
 def milliseconds(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, device: Device) -> float | None:
-    """A decoding step in 16 bits as `vecinfer_jax.devices` models it; None for a cache that was not measured."""
+    """A decoding step in 16 bits as `vecinfer_jax.devices` models it; None for what was not measured."""
     n = config.num_layers
+    if config.head_dim not in MEASURED_HEAD_DIMS:
+        return None
     alike = Counter(method.for_layer(i, n) for i in range(n))
     total = weights_read(config) / device.weights_gb_per_s / 1e6
     for of_layer, layers in alike.items():
@@ -112,6 +119,12 @@ def weights_read(config: ModelConfig) -> int:
     """Bytes of 16-bit weights that a step reads: all but an embedding that is only looked up in."""
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     return 2 * (_parameters(config) - looked_up)
+
+
+def _folded(config: ModelConfig) -> int:
+    """Parameters of one layer's W_v, b_v and W_o, of which a method that folds its values' transform holds copies."""
+    heads = config.num_kv_heads * (config.hidden_size + config.qkv_bias) + config.num_query_heads * config.hidden_size
+    return config.head_dim * heads
 
 
 @functools.lru_cache(maxsize=32)

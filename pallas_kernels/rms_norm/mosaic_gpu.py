@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg, at, f32
+from pallas_kernels.rms_norm import reference
 
 _MOST_ROWS = 512
 _MOST_WIDTH = 32768
@@ -56,18 +57,33 @@ def rms_norm(
             f"rms_norm: the mosaic_gpu kernel serves 1 to {_MOST_ROWS} rows of 16-bit elements, a multiple of "
             f"{_CHUNK} up to {_MOST_WIDTH}, not interpreted; got {x.dtype}{list(x.shape)}"
         )
-    problem = Problem(width, epsilon, delta is not None, operand)
-    shape = jax.ShapeDtypeStruct((rows, width), x.dtype)
+    return _normed(Problem(width, epsilon, delta is not None, operand), x, weight, delta)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _normed(p: Problem, x: Array, weight: Array, delta: Array | None) -> tuple[Array, Array]:
+    rows = x.size // p.width
+    shape = jax.ShapeDtypeStruct((rows, p.width), x.dtype)
     out = lanes.launch(
-        functools.partial(_norm_row, problem),
-        [x.reshape(rows, width), weight, *([] if delta is None else [delta.reshape(rows, width)])],
+        functools.partial(_norm_row, p),
+        [x.reshape(rows, p.width), weight, *([] if delta is None else [delta.reshape(rows, p.width)])],
         [shape] if delta is None else [shape, shape],
         blocks=rows,
         warpgroups=_WARPGROUPS,
-        shared_bytes=4 * problem.warps,
+        shared_bytes=4 * p.warps,
         name="rms_norm",
     )
     return (x if delta is None else out[1].reshape(x.shape)), out[0].reshape(x.shape)
+
+
+@_normed.defjvp
+def _derivative(p: Problem, primals: tuple, tangents: tuple) -> tuple:
+    """Plain JAX's."""
+
+    def plain(x: Array, weight: Array, delta: Array | None) -> tuple[Array, Array]:
+        return reference.rms_norm(x, weight, epsilon=p.epsilon, delta=delta)
+
+    return jax.jvp(plain, primals, tangents)
 
 
 def _norm_row(p: Problem, x: Pointer, weight: Pointer, *rest: Any) -> None:

@@ -124,7 +124,7 @@ def _check_supported(dim: int, group: int, codes: Array, codebook: Array) -> Non
             f"{_MOST_HEADS} query heads a KV head, not D={dim}, d={length}, {group} heads"
         )
     # Offsets inside a Triton kernel are int32 up to 2**32 bytes. Words never get there; packed bytes do.
-    if entries != 256 and 2**31 < codes.size <= 2**32:
+    if _unit(entries, dim // length) is None and 2**31 < codes.size <= 2**32:
         raise NotImplementedError(f"vq_decode_attention: the triton kernel cannot address codes {codes.shape}")
 
 

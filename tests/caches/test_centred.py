@@ -10,6 +10,7 @@ from tests import small
 from tests.caches.harness import LAYER, chunk_at, decode_all, oracle, prefill, random_qkv
 from vecinfer_jax.caches import FullPrecision, VecInfer
 from vecinfer_jax.calibration.metric import metric_map
+from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.folding import fold_values
 
@@ -118,6 +119,18 @@ def test_they_calibrate_generate_and_are_evaluated(settings):
     assert all(len(tokens) == 6 for tokens in out.tokens)
     result = vj.evaluate.perplexity(lm, method, calibration, small.texts()[0], length=32, windows=2, progress=False)
     assert np.isfinite(result.perplexity) and result.bits_per_element == 2
+
+
+@pytest.mark.parametrize("settings", [{"transform": "metric"}, {"transform": "mean-smooth-hadamard"}], ids=str)
+def test_passages_shorter_than_the_sinks_are_refused(settings):
+    method = VecInfer(bits=1, sink=64, **settings)
+    with pytest.raises(CalibrationError, match="after its first 64: give longer ones or fewer sinks"):
+        small.calibration_of(method)
+
+
+def test_whether_values_are_rotated_is_a_truth():
+    with pytest.raises(InputError, match="rotate_values=2 must be true or false"):
+        VecInfer(rotate_values=2)
 
 
 def test_a_calibration_is_for_its_transform_and_sinks():

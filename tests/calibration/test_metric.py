@@ -66,6 +66,12 @@ def test_a_moment_without_full_rank_is_floored():
     np.testing.assert_allclose(np.einsum("hji,hki->hjk", to_key, to_query), np.tile(np.eye(DIM), (2, 1, 1)), atol=1e-4)
 
 
+def test_without_any_query_the_map_is_finite():
+    keys, _, moment = samples()
+    for arrays in metric_map(0 * moment, keys, 4):
+        assert np.isfinite(arrays).all()
+
+
 def test_a_rotation_is_one():
     keys, _, _ = samples()
     rotation = principal_rotation(keys, 4)

@@ -26,7 +26,7 @@ from vecinfer_jax.caches.vector_quantised import VectorQuantisedMethod
 from vecinfer_jax.caches.windowed import WindowedCache
 from vecinfer_jax.calibration.codebooks import codebook_of, pooled_codebook
 from vecinfer_jax.calibration.metric import metric_map, principal_rotation
-from vecinfer_jax.errors import InputError
+from vecinfer_jax.errors import CalibrationError, InputError
 
 # The paper's and its ablation, then those that take the keys' mean off first.
 PAPER_TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", "none")
@@ -71,15 +71,15 @@ class VecInfer(VectorQuantisedMethod):
     rotate_values: turn values to their principal directions, in serpentine order; folded into W_v and W_o.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
-    implementation: of the kernels ("mosaic_gpu" for decoding in 16 bits on Hopper, "triton", "xla"; None: the best that
-        serves the device and the model); interpret: run Pallas kernels in interpret mode (tests).
+    implementation: of the cache's kernels ("mosaic_gpu" for decoding in 16 bits on Hopper, "triton", "xla"; None: the
+        best that serves the device and the model); interpret: run Pallas kernels in interpret mode (tests).
     """
 
     transform: str = "smooth-hadamard"
     scope: str = "layer_head"
-    rotate_values: bool = dataclasses.field(default=False, metadata={"later": True})
     implementation: str | None = None
     interpret: bool = False
+    rotate_values: bool = dataclasses.field(default=False, kw_only=True, metadata={"later": True})
 
     name: ClassVar[str] = "vecinfer"
     needs_calibration: ClassVar[bool] = True
@@ -91,6 +91,8 @@ class VecInfer(VectorQuantisedMethod):
             raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
         if self.transform not in TRANSFORMS:
             raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
+        if not isinstance(self.rotate_values, bool):
+            raise InputError(f"rotate_values={self.rotate_values!r} must be true or false")
         if self.scope not in SCOPES:
             raise InputError(f"scope={self.scope!r} is unknown; choose from {', '.join(SCOPES)}")
 
@@ -110,6 +112,11 @@ class VecInfer(VectorQuantisedMethod):
         return self.transform in CENTRING_TRANSFORMS
 
     @property
+    def fuses_queries(self) -> bool:
+        """Whether the attention kernels transform queries: they know a scale and then a Hadamard matrix."""
+        return self.transform != "hadamard-smooth" and not self.maps
+
+    @property
     def maps(self) -> bool:
         """Whether keys go through a dense matrix."""
         return self.transform in ("metric", "rotation")
@@ -120,6 +127,11 @@ class VecInfer(VectorQuantisedMethod):
             raise InputError(
                 f"transform={self.transform!r} needs head_dim a power of two, this model has {layer.head_dim}"
             )
+
+    def reading(self) -> str:
+        rest = [] if self.fuses_queries else [self.transform]
+        rest += [] if self.implementation in (None, "mosaic_gpu") else [self.implementation]
+        return " ".join([super().reading(), *rest])
 
     def calibration_key(self) -> dict[str, Any]:
         key = super().calibration_key() | {"transform": self.transform, "scope": self.scope}
@@ -133,9 +145,10 @@ class VecInfer(VectorQuantisedMethod):
         empty = self.empty_store(layer, batch, slots, calibration)
         assert calibration is not None
         smooth = jnp.asarray(calibration["smooth"], jnp.float32)
-        names = [*(["mean"] if self.centres else []), *(["key_map", "query_map"] if self.maps else [])]
-        maps: dict[str, Any] = {"mean": None, "key_map": None, "query_map": None}
-        maps |= {name: jnp.asarray(calibration[name], jnp.float32) for name in names}
+        wanted = {"mean": self.centres, "key_map": self.maps, "query_map": self.maps}
+        maps: dict[str, Any] = {
+            name: jnp.asarray(calibration[name], jnp.float32) if has else None for name, has in wanted.items()
+        }
         return VecInferStore(**empty, **maps, smooth=smooth, inverse_smooth=1.0 / smooth)
 
     # -- transforms (section 3.2); scores are invariant: transform_query(q) . transform_key(k) = q . k
@@ -238,8 +251,7 @@ class VecInfer(VectorQuantisedMethod):
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
     ) -> Float[Array, "B Hq D"]:
         store = cache.store
-        # The kernels know these two steps in this order; another order, or a map, is taken beforehand.
-        fused = self.transform != "hadamard-smooth" and not self.maps
+        fused = self.fuses_queries
         return vq_decode_attention(
             q if fused else self.transform_query(q, store),
             store.key_codes,
@@ -296,11 +308,10 @@ class VecInfer(VectorQuantisedMethod):
         keys = np.asarray(statistics.keys, np.float32)
         arrays: dict[str, np.ndarray] = {"smooth": np.ones((layer.num_kv_heads, layer.head_dim), np.float32)}
         if self.centres:
-            position = np.asarray(statistics.positions)
             # A passage's first key is far from every other: it would move the mean and the principal directions.
-            usual = keys[position > 0]
+            usual = self._after(1, keys, statistics)
             arrays["mean"] = usual.mean(axis=0)
-            keys = keys[position >= self.sink] - arrays["mean"]
+            keys = self._after(self.sink, keys, statistics) - arrays["mean"]
             if self.maps:
                 moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
                 power = 0.25 if self.transform == "metric" else 0.0
@@ -321,11 +332,19 @@ class VecInfer(VectorQuantisedMethod):
             return arrays, rotate(keys) / smooth
         return arrays, rotate(keys / smooth) if self.rotates else keys / smooth
 
+    @staticmethod
+    def _after(first: int, vectors: np.ndarray, statistics: Any) -> np.ndarray:
+        """Those sampled at position `first` of their passage or later."""
+        after = vectors[np.asarray(statistics.positions) >= first]
+        if not len(after):
+            raise CalibrationError(f"no passage has a token after its first {first}: give longer ones or fewer sinks")
+        return after
+
     def _coded_values(self, statistics: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The values' rotation, if there is one, and the sampled values as they are encoded."""
         values = np.asarray(statistics.values, np.float32)
         if self.centres:
-            values = values[np.asarray(statistics.positions) >= self.sink]
+            values = self._after(self.sink, values, statistics)
         if not self.rotate_values:
             return {}, values
         rotation = principal_rotation(values.astype(np.float64), self.value_format.length).astype(np.float32)

@@ -2,7 +2,7 @@
 
 A key's error matters as far as queries see it: the error of a score is q . e, its square in the mean e^T M e with the
 queries' second moment M = E[q q^T]. Keys multiplied by M^(1/2) would have errors that count alike in every direction;
-half-way there, M^(1/4), measured best (docs/quality.md). What is left of correlation and unequal variance goes by a
+M^(1/4) goes half-way there. What is left of correlation and unequal variance goes by a
 rotation to the principal directions of the mapped keys, dealt to the sub-vectors like cards, in serpentine order, so
 that element r of every sub-vector has about the same variance.
 """
@@ -27,7 +27,7 @@ def metric_map(
     queries out.
     """
     weights, vectors = np.linalg.eigh(query_moment.astype(np.float64))
-    weights = np.maximum(weights, FLOOR * weights[:, -1:]) ** power
+    weights = np.maximum(weights, np.maximum(FLOOR * weights[:, -1:], np.finfo(np.float32).tiny)) ** power
     scale = np.mean(np.einsum("hij,hj,hij->hi", vectors, weights, vectors), axis=1)
     weights /= scale[:, None]
     root = np.einsum("hij,hj,hkj->hik", vectors, weights, vectors)

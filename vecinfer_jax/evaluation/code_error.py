@@ -74,8 +74,9 @@ class _CodeError(CacheMethod):
         keys, values = self.method.read(store, jnp.int32(0), count, chunk.layer)
 
         def squares(x: jax.Array, given: jax.Array, coded: jax.Array) -> list[jax.Array]:
-            """Of the error of what was `given` to be coded for x, and of x."""
-            x, given = (a.swapaxes(1, 2).astype(jnp.float32) for a in (x, given))
+            """Of the error of what was `given` to be coded for x, and of x; sinks are never coded."""
+            x, given = (a.swapaxes(1, 2)[:, :, self.method.sink :].astype(jnp.float32) for a in (x, given))
+            coded = coded[:, :, self.method.sink :]
             return [jnp.sum((given - coded.astype(jnp.float32)) ** 2), jnp.sum(x**2)]
 
         return out, _Sums(cache.sums + jnp.stack(squares(k, held, keys) + squares(v, v, values)), cache.store)
