@@ -95,8 +95,8 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         },
         "metric-widths": {
             "methods": [
-                *(f"vecinfer:bits={bits},transform=metric,sink=1,residual=0" for bits in (4, 3, 1.5, 1)),
                 *(f"vecinfer:bits=2,transform={t},sink=1,residual=0" for t in ("smooth-hadamard", *CENTRING)),
+                *(f"vecinfer:bits={bits},transform=metric,sink=1,residual=0" for bits in (1, 4, 1.5, 3)),
                 "vecinfer:bits=2,transform=metric,sink=1,residual=0,rotate_values=true",
             ],
             "tasks": [text],
