@@ -246,8 +246,11 @@ def plan(
     chosen = [
         (text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer", "vecinfer:bits=1"]
     ]
-    device = device_of_kind(jax.devices()[0].device_kind) if gpu is None else device_named(gpu)
-    given = device_memory() if gpu is None else device_named(gpu).memory
+    if gpu is None:
+        device, given = device_of_kind(jax.devices()[0].device_kind), device_memory()
+    else:
+        device = device_named(gpu)
+        given = device.memory
     limit = int(memory * 2**30) if memory is not None else given
     if limit is None:
         raise InputError("this device does not say how much memory it has: give --memory, in GiB, or --gpu")

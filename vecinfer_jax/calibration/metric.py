@@ -2,9 +2,9 @@
 
 A key's error matters as far as queries see it: the error of a score is q . e, its square in the mean e^T M e with the
 queries' second moment M = E[q q^T]. Keys multiplied by M^(1/2) would have errors that count alike in every direction;
-M^(1/4) goes half-way there. What is left of correlation and unequal variance goes by a
-rotation to the principal directions of the mapped keys, dealt to the sub-vectors like cards, in serpentine order, so
-that element r of every sub-vector has about the same variance.
+M^(1/4) goes half-way there. What is left of correlation and unequal variance goes by a rotation to the principal
+directions of the mapped keys, dealt to the sub-vectors like cards, in serpentine order, so that element r of every
+sub-vector has about the same variance.
 """
 
 import numpy as np

@@ -31,7 +31,7 @@ def _precision(dtype: Any) -> jax.lax.Precision | None:
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last axis, statistics in float32.
 
-    `fused`: in a decoding step, by a kernel where there is one; it has no gradient.
+    `fused`: by a kernel where there is one, as decoding steps do it.
     """
 
     epsilon: float
