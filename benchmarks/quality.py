@@ -102,6 +102,11 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "tasks": [text],
             "seeds": [0],
         },
+        "metric-needle": {
+            "methods": [f"vecinfer:bits=2,transform=metric,sink=1,residual={r}" for r in (128, 0)],
+            "tasks": ["needle"],
+            "seeds": [0],
+        },
         "codes": {"methods": windowed([*PAPER, *BASELINES], (0,)), "tasks": [error], "seeds": [0, 1, 2]},
         "long": {"methods": [*windowed(JUDGED, (128,)), "full"], "tasks": long, "seeds": [0]},
         "needle": {"methods": shown, "tasks": ["needle"], "prefills": ["coded", "exact"], "seeds": [0]},

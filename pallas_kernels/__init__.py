@@ -5,6 +5,7 @@ anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the be
 """
 
 from pallas_kernels import packing, split_k
+from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.vq_append import vq_append
@@ -13,6 +14,7 @@ from pallas_kernels.vq_encode import vq_encode
 
 __all__ = [
     "ExactTokens",
+    "decode_attention",
     "hadamard",
     "packing",
     "rms_norm",

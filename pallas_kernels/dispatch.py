@@ -13,6 +13,10 @@ import jax
 
 # operation -> implementation -> the module that holds a function named as the operation.
 TABLE = {
+    "decode_attention": {
+        "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
+        "xla": "pallas_kernels.decode_attention.reference",
+    },
     "hadamard": {
         "triton": "pallas_kernels.hadamard.triton",
         "xla": "pallas_kernels.hadamard.reference",

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels import dispatch, packing
-from pallas_kernels.vq_decode_attention.exact import ExactTokens
+from pallas_kernels.exact import ExactTokens
 
 _DTYPES = ("float32", "bfloat16", "float16")
 

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import packing, split_k
-from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact, rounded
+from pallas_kernels.exact import ExactTokens, merge_exact, rounded
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 
 # Elements of a dequantised chunk of keys, [B, Hkv, chunk, D] float32.

@@ -31,7 +31,7 @@ from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Int32, UInt8
 
 from pallas_kernels import dispatch, split_k
-from pallas_kernels.vq_decode_attention.exact import ExactTokens, merge_exact, rounded
+from pallas_kernels.exact import ExactTokens, merge_exact, rounded
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 
 _HEAD_DIMS = (32, 64, 128, 256)

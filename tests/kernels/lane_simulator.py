@@ -17,6 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from pallas_kernels import dispatch
+from pallas_kernels.decode_attention import mosaic_gpu as plain
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.rms_norm import mosaic_gpu as norm
 from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
@@ -387,7 +388,7 @@ def install(monkeypatch):
     """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors, in blocks of few
     warps: a warp more is as much again to simulate."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda: MULTIPROCESSORS)
-    for kernel in (attention, encoding, norm):
+    for kernel in (attention, plain, encoding, norm):
         for name in ("_WARPGROUPS", "_FEW_WARPGROUPS", "_MANY_WARPGROUPS"):
             monkeypatch.setattr(kernel, name, 1, raising=False)
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]

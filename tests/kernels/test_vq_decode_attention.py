@@ -12,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from pallas_kernels import ExactTokens, split_k, vq_decode_attention
+from pallas_kernels.mosaic_gpu.decode_attention import Config
 from pallas_kernels.vq_decode_attention import mosaic_gpu
 from tests.kernels import cases, lane_simulator, oracle
 
@@ -164,7 +165,7 @@ def test_a_scale_of_either_sign_is_meant(scale):
 @pytest.mark.parametrize(("blocks", "warpgroups"), [(1, 4), (7, 1), (64, 1)])
 def test_any_number_of_blocks_shares_ragged_rows(blocks, warpgroups):
     (q, *rest), options = cases.Decode(lengths=(0, 300, 17, 0, 64, 1), tokens=300, group=2).arguments()
-    config = mosaic_gpu.Config(groups=2, warpgroups=warpgroups, blocks=blocks)
+    config = Config(groups=2, warpgroups=warpgroups, blocks=blocks)
     expected, expected_lse = oracle.decode_attention(q, *rest, options["scale"])
     output, lse = mosaic_gpu.vq_decode_attention(q, *rest, scale=options["scale"], config=config)
     np.testing.assert_allclose(output, expected, atol=2.0**-8 * abs(oracle.float64(rest[3])).max())

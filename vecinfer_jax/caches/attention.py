@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import ExactTokens, split_k
-from pallas_kernels.vq_decode_attention.exact import attend_exactly, product
+from pallas_kernels.exact import attend_exactly, product
 
 QUERY_BLOCK = 256
 # Slots of a cache that a chunk of prompt reads at a time, fewer where one of these would be exceeded: elements of the

@@ -16,7 +16,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
 from pallas_kernels import dispatch, hadamard, vq_append, vq_decode_attention, vq_encode
-from pallas_kernels.vq_decode_attention.exact import product
+from pallas_kernels.exact import product
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import ExactTokens
-from pallas_kernels.vq_decode_attention.exact import merge_exact
+from pallas_kernels.exact import merge_exact
 from vecinfer_jax.caches.attention import (
     Source,
     Tokens,
