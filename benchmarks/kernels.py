@@ -8,7 +8,8 @@ device-side loop whose steps depend on each other, divided by its steps; peers r
 is what the operation must move at least once; `ratio` is the peer's time over ours, above 1 where we are faster.
 
 Decode attention, ours and cuDNN's, is timed on the device (CUPTI): the sum of the kernels that one call starts, the
-merge of its splits included, median of several; `loop_us` is the same call in a loop as above, where it stands beside.
+merge of its splits included, median of several; `loop_us` is the same call in a loop as above, where it stands beside,
+and `map_us` the call that also multiplies the queries by a matrix a head. tokamax is timed where it is installed.
 `percent_of_bandwidth` is bytes / us against what a sum over a large array reads in the same run.
 """
 
@@ -27,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import hadamard, packing, vq_decode_attention, vq_encode
+from pallas_kernels import decode_attention, hadamard, packing, vq_decode_attention, vq_encode
 
 HEADS, DIM = 8, 128  # KV heads and head dimension of the encode rows (Llama-3.1-8B)
 QUERY_HEADS, FEED_FORWARD = 32, 14336
@@ -56,6 +57,8 @@ DECODE = [
 ]
 # The Triton kernel and the loop stand beside these.
 BESIDE = DECODE[:1]
+# Other kernels for bfloat16 beside cuDNN's are timed with these.
+PEERS = DECODE[:3]
 exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -307,8 +310,48 @@ def cudnn(q, keys, values):
     return out[:, 0]
 
 
-def ours(q, *arrays, which=None):
-    return vq_decode_attention(q, *arrays, scale=q.shape[-1] ** -0.5, implementation=which)[0]
+def same_skeleton(q, keys, values, lengths):
+    """Our kernel's schedule, softmax and merge over keys and values [B, H, S, D] as they are."""
+    return decode_attention(q, keys, values, lengths, scale=q.shape[-1] ** -0.5, implementation="mosaic_gpu")[0]
+
+
+def time_peers(shape: str, q, keys, values, cudnn_us: float) -> Iterator[dict]:
+    """Kernels for bfloat16 keys and values [B, S, H, D], each against cuDNN."""
+    moved = keys.nbytes + values.nbytes
+    want = cudnn(q, keys, values).astype(jnp.float32)
+    swapped = [jnp.swapaxes(x, 1, 2).copy() for x in (keys, values)]
+    arrays = (q, *swapped, jnp.full(q.shape[:1], keys.shape[1], jnp.int32))
+    name = f"decode_attention bfloat16: {shape}"
+    error = check(name, jnp.max(jnp.abs(same_skeleton(*arrays) - want)), 2e-3)
+    us = device_microseconds(same_skeleton, *arrays)
+    yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=cudnn_us, max_error=error)
+    del swapped, arrays
+    try:
+        import tokamax
+    except ImportError:
+        return
+    for which in ("mosaic", "triton"):
+
+        def call(q, keys, values, which=which):
+            return tokamax.dot_product_attention(q[:, None], keys, values, implementation=which)[:, 0]
+
+        name = f"tokamax {which} bfloat16: {shape}"
+        try:
+            error = check(name, jnp.max(jnp.abs(call(q, keys, values).astype(jnp.float32) - want)), 2e-2)
+            us = device_microseconds(call, q, keys, values)
+        except Exception as problem:  # whatever it does not serve
+            yield {"name": name, "does_not_serve": str(problem).splitlines()[0][:200]}
+            continue
+        yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=cudnn_us, max_error=error)
+
+
+def ours(q, *arrays, which=None, query_map=None):
+    return vq_decode_attention(q, *arrays, scale=q.shape[-1] ** -0.5, implementation=which, query_map=query_map)[0]
+
+
+def with_map(q, *arrays):
+    *rest, query_map = arrays
+    return ours(q, *rest, which="mosaic_gpu", query_map=query_map)
 
 
 def in_loop(call: Callable, q, *arrays, **options) -> float:
@@ -327,6 +370,9 @@ def time_decode() -> Iterator[dict]:
         exact_cache = [jax.random.normal(key, (batch, tokens, heads, dim), jnp.bfloat16) for key in k[1:3]]
         peer = device_microseconds(cudnn, q, *exact_cache)
         peer_loop = in_loop(cudnn, q, *exact_cache) if shape in BESIDE else None
+        described = f"B{batch} S{tokens} {query_heads}/{heads} heads D{dim}"
+        if shape in PEERS:
+            yield from time_peers(described, q, *exact_cache, peer)
         del exact_cache
         for forms in formats:
             codes, books = [], []
@@ -337,10 +383,7 @@ def time_decode() -> Iterator[dict]:
                 codes.append(jax.random.bits(k[3 + i], (batch, heads, tokens, size), jnp.uint8))
                 book = random_codebook(k[5 + i], heads, form, jnp.bfloat16)
                 books.append(book.astype(jnp.float8_e4m3fn) if fp8 else book)
-            name = (
-                f"vq_decode_attention K {forms[0]} V {forms[1]} bfloat16: "
-                f"B{batch} S{tokens} {query_heads}/{heads} heads D{dim}"
-            )
+            name = f"vq_decode_attention K {forms[0]} V {forms[1]} bfloat16: {described}"
             arrays = (*codes, *books, lengths)
             more: dict = {"max_error": 0.0}
             last = slice(query_heads - group, query_heads)  # the last row's last KV head
@@ -357,6 +400,10 @@ def time_decode() -> Iterator[dict]:
                 call = functools.partial(ours, which="mosaic_gpu")
                 more |= {"loop_us": round(in_loop(call, q, *arrays), 2), "peer_loop_us": round(peer_loop, 2)}
                 more["triton_us"] = round(times["triton"], 2)
+            if shape in PEERS and forms == SAME[0]:
+                unit = jnp.broadcast_to(jnp.eye(dim), (heads, dim, dim))
+                check(name, jnp.max(jnp.abs(with_map(q, *arrays, unit) - ours(q, *arrays, which="mosaic_gpu"))), 1e-6)
+                more["map_us"] = round(device_microseconds(with_map, q, *arrays, unit), 2)
             moved = sum(array.nbytes for array in codes)
             us = times["mosaic_gpu"]
             more["percent_of_bandwidth"] = round(100 * moved / us / 1e3 / bandwidth, 1)

@@ -34,6 +34,9 @@ ROWS = [
     (12, 32768, "vecinfer:bits=4"),
     *((1, tokens, method) for method in ("hadamard-int:bits=2", "kivi:bits=2") for tokens in (16384, 65536)),
     (1, 3600000, "vecinfer:bits=2"),  # as many tokens as one card holds
+    # Queries through a dense map in the place of lambda and the Hadamard matrix.
+    (1, 196608, "vecinfer:bits=2,transform=metric,sink=1"),
+    (12, 32768, "vecinfer:bits=2,transform=metric,sink=1"),
 ]
 
 

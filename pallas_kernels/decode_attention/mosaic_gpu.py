@@ -11,7 +11,7 @@ from pallas_kernels.mosaic_gpu import decode_attention as skeleton
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg
 
-_WARPGROUPS = 4
+_WARPGROUPS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decode_attention(
 
 
 def choose_config(rows: int, tokens: int, dim: int) -> skeleton.Config:
-    """Every multiprocessor takes its share of the tokens, 4 KiB of them a warp at a time."""
-    groups = 128 // dim
+    """Every multiprocessor takes its share of the tokens, 8 KiB of them a warp at a time."""
+    groups = 256 // dim
     tiles = rows * -(-tokens // (skeleton.BLOCK * groups))
     return skeleton.Config(groups, _WARPGROUPS, max(1, min(dispatch.multiprocessors(), tiles)))

@@ -58,9 +58,9 @@ def hadamard(x: Float[Array, "*rows D"], *, interpret: bool = False) -> Float[Ar
 
 
 def choose_config(rows: int, size: int) -> Config:
-    """About 8k elements a tile keeps the float32 sums in registers."""
-    tile = max(16, min(128, 8192 // size))
-    programs = min(pl.cdiv(rows, tile), 4 * dispatch.multiprocessors())
+    """About 8k elements a tile keeps the float32 sums in registers; more programs than run at once even out."""
+    tile = max(16, min(64, 8192 // size))
+    programs = min(pl.cdiv(rows, tile), 16 * dispatch.multiprocessors())
     return Config(rows=tile, programs=programs, num_warps=4, num_stages=2)
 
 

@@ -122,10 +122,16 @@ class Problem:
     queries: str
     query_scale: bool
     query_hadamard: bool
+    query_map: bool
     exact: tuple[Exact, ...]
     scale: float
     output: str  # "f32", or as `Exact.operand`
     config: Config
+
+    @property
+    def transforms(self) -> bool:
+        """Whether the kernel brings queries into the keys' basis."""
+        return self.query_scale or self.query_hadamard or self.query_map
 
     @property
     def tile(self) -> int:
@@ -168,6 +174,7 @@ def attend(
     config: Config,
     query_scale: Float[Array, "Hkv D"] | None = None,
     query_hadamard: bool = False,
+    query_map: Float[Array, "Hkv D D"] | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     out_dtype: Any = jnp.float32,
@@ -196,6 +203,7 @@ def attend(
         queries=operand_of(q.dtype),
         query_scale=query_scale is not None,
         query_hadamard=query_hadamard,
+        query_map=query_map is not None,
         exact=tuple(Exact(each.keys.shape[2], operand) for each, operand in zip(exact, operands, strict=True)),
         scale=abs(scale) * _LOG2_E,
         output=_output_kind(name, out_dtype),
@@ -211,10 +219,9 @@ def attend(
         key_tokens, value_tokens = jnp.pad(key_tokens, room), jnp.pad(value_tokens, room)
         lengths = lengths.clip(0, tokens)
     # Queries that the kernel transforms stay in their own dtype until it has: an fp8 table's is float16.
-    given = problem.queries if query_scale is not None or query_hadamard else key.operand
+    given = problem.queries if problem.transforms else key.operand
     arrays = [_queries(q, scale, kv_heads, given), key_tokens, *key_extras, value_tokens, *value_extras, lengths]
-    if query_scale is not None:
-        arrays.append(query_scale.astype(jnp.float32))
+    arrays += [array.astype(jnp.float32) for array in (query_scale, query_map) if array is not None]
     for each, operand in zip(exact, operands, strict=True):
         assert exact_q is not None
         held = [array.reshape(rows, -1, dim) for array in (each.keys, each.values)]
@@ -373,7 +380,7 @@ def _attend_block(p: Problem, q, *rest: Any) -> None:
     key_tokens, *key_extras = [next(given) for _ in range(1 + p.key.extras)]
     value_tokens, *value_extras = [next(given) for _ in range(1 + p.value.extras)]
     lengths = next(given)
-    query_scale = next(given) if p.query_scale else None
+    factors = next(given) if p.query_scale or p.query_map else None
     exact = list(given)
     merge = at(shared, p.sources_bytes)
     schedule = Schedule(p, lengths, at(merge, merge_bytes(p.dim, p.group, p.config)))
@@ -399,9 +406,10 @@ def _attend_block(p: Problem, q, *rest: Any) -> None:
                 return state
 
             def queries() -> Pointer:
-                if query_scale is None and not p.query_hadamard:
-                    return _queries_of(p, q, row)
-                return _transform_queries(p, _queries_of(p, q, row), query_scale, head, merge)
+                of_row = _queries_of(p, q, row)
+                if p.query_map:
+                    return _map_queries(p, of_row, at(factors, lanes.wide_product(head, p.dim * p.dim * 4)), merge)
+                return _transform_queries(p, of_row, factors, head, merge) if p.transforms else of_row
 
             memory = queries, key_tokens, value_tokens, shared
             length = schedule.length(batch)
@@ -555,8 +563,8 @@ def _transform_queries(p: Problem, q: Pointer, scale: Pointer | None, head: Reg,
             values = lanes.widen(lanes.load(at(q, pair << 2), 1)[0], p.queries)
             if scale is not None:
                 of_head = at(scale, lanes.wide_product(head, p.dim * 4))
-                factors = lanes.load(at(of_head, (pair % pairs) << 3), 2)
-                values = [v * f.as_float() for v, f in zip(values, factors, strict=True)]
+                of_pair = lanes.load(at(of_head, (pair % pairs) << 3), 2)
+                values = [v * f.as_float() for v, f in zip(values, of_pair, strict=True)]
             if p.query_hadamard:
                 values = butterfly.within_warp(values)
             lanes.store(at(wide, pair << 3), values)
@@ -568,10 +576,51 @@ def _transform_queries(p: Problem, q: Pointer, scale: Pointer | None, head: Reg,
                 values = butterfly.across_warps(at(wide, pair // pairs * (p.dim * 4)), pair % pairs, p.dim)
             else:
                 values = [word.as_float() for word in lanes.load(at(wide, pair << 3), 2)]
-            low, high = values
-            if p.queries != p.key.operand:  # rounded to the queries' dtype first, as ever
-                low, high = lanes.widen(lanes.pack_pair(low, high, p.queries), p.queries)
-            lanes.store(at(out, pair << 2), [lanes.pack_pair(low, high, p.key.operand)])
+            lanes.store(at(out, pair << 2), [_query_word(p, *values)])
+    lanes.barrier()
+    return out
+
+
+def _query_word(p: Problem, low: Reg, high: Reg) -> Reg:
+    """Two elements of a query as the tensor cores take them, rounded to the queries' dtype first, as ever."""
+    if p.queries != p.key.operand:
+        low, high = lanes.widen(lanes.pack_pair(low, high, p.queries), p.queries)
+    return lanes.pack_pair(low, high, p.key.operand)
+
+
+def _map_queries(p: Problem, q: Pointer, matrix: Pointer, scratch: Pointer) -> Pointer:
+    """The group's queries times a matrix [D, D], in shared memory, as the tensor cores take them.
+
+    A thread sums one column over its part of the rows.
+    """
+    parts, of_group = p.threads // p.dim, p.group * p.dim * 4
+    rows = p.dim // parts
+    column, part = lanes.thread() % p.dim, lanes.thread() // p.dim
+    out = at(scratch, parts * of_group)
+
+    def some(row: Reg, sums: list[Reg]) -> list[Reg]:
+        first = part * rows + row
+        mine = at(matrix, first * (p.dim * 4) + (column << 2))
+        column_of = [lanes.load(at(mine, i * p.dim * 4), 1)[0].as_float() for i in range(at_once)]
+        for head in range(p.group):
+            words = _row_words(at(q, head * p.dim * 2, first << 1), at_once // 2)
+            elements = [x for word in words for x in lanes.widen(word, p.queries)]
+            for x, factor in zip(elements, column_of, strict=True):
+                sums = [*sums[:head], lanes.multiply_add(x, factor, sums[head]), *sums[head + 1 :]]
+        return sums
+
+    at_once = min(rows, 32)
+    sums = lanes.loop(u32(0), u32(rows), at_once, [f32(0.0)] * p.group, some)
+    for head, total in enumerate(sums):
+        lanes.store(at(scratch, part * of_group + head * (p.dim * 4) + (column << 2)), [total])
+    lanes.barrier()
+    pairs = p.group * p.dim // 2
+    for i in range(-(-pairs // p.threads)):
+        pair = lanes.thread() + i * p.threads
+        with lanes.do_when(pair < pairs):
+            held = [lanes.load(at(scratch, part * of_group, pair << 3), 2) for part in range(parts)]
+            low, high = (lanes.reduce(Reg.__add__, [x.as_float() for x in each]) for each in zip(*held, strict=True))
+            lanes.store(at(out, pair << 2), [_query_word(p, low, high)])
     lanes.barrier()
     return out
 

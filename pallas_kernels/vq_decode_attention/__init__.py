@@ -23,6 +23,7 @@ def vq_decode_attention(
     scale: float,
     query_scale: Float[Array, "Hkv D"] | None = None,
     query_hadamard: bool = False,
+    query_map: Float[Array, "Hkv D D"] | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -46,6 +47,7 @@ def vq_decode_attention(
         scale: factor on the scores, usually 1/sqrt(D).
         query_scale, query_hadamard: multiply the queries of each KV head's group by a factor for every element, and
             then by the normalised Walsh-Hadamard matrix, in float32, rounded to q.dtype.
+        query_map: in their place, a matrix by which the queries (rows) of each KV head's group are multiplied.
         exact: further tokens, attended to as they are in the same softmax (a residual window, sinks); keys and
             values of any float type, multiplied as that type and exact_q's are.
         exact_q: the queries for those, in the basis of their keys, of q's shape.
@@ -67,12 +69,17 @@ def vq_decode_attention(
     heads, dim = key_codes.shape[1], q.shape[2]
     if query_scale is not None and query_scale.shape != (heads, dim):
         raise ValueError(f"vq_decode_attention: query_scale must be [{heads}, {dim}], got {query_scale.shape}")
+    if query_map is not None and (query_map.shape != (heads, dim, dim) or query_hadamard or query_scale is not None):
+        raise ValueError(
+            f"vq_decode_attention: query_map must be [{heads}, {dim}, {dim}] without query_scale and query_hadamard, "
+            f"got {query_map.shape}"
+        )
     if query_hadamard and dim & (dim - 1):
         raise ValueError(f"vq_decode_attention: query_hadamard needs a power-of-two head dimension, got {dim}")
     return dispatch.call(
         "vq_decode_attention", implementation, interpret,
         q, key_codes, value_codes, key_codebook, value_codebook, lengths,
-        scale=float(scale), query_scale=query_scale, query_hadamard=query_hadamard,
+        scale=float(scale), query_scale=query_scale, query_hadamard=query_hadamard, query_map=query_map,
         exact=tuple(exact), exact_q=exact_q, num_splits=num_splits, out_dtype=out_dtype,
     )  # fmt: skip
 

@@ -110,6 +110,7 @@ def vq_decode_attention(
     scale: float,
     query_scale: Float[Array, "Hkv D"] | None = None,
     query_hadamard: bool = False,
+    query_map: Float[Array, "Hkv D D"] | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -142,6 +143,7 @@ def vq_decode_attention(
         config=config,
         query_scale=query_scale,
         query_hadamard=query_hadamard,
+        query_map=query_map,
         exact=exact,
         exact_q=exact_q,
         out_dtype=out_dtype,
@@ -230,27 +232,18 @@ class LaneCodes:
         self.word_offset = word << 2
         self.shift = start - (word << 5)
         self.aligned = math.gcd(16, form.pitch, *(start // 32 * 4 for start in starts)) if not self.overlaps else 4
-        # Three words that begin anywhere, of tokens at multiples of eight bytes: a pair is aligned, one stands alone.
-        self.pair_first = (word & 1).equals(0) if self.words == 3 and form.pitch % 8 == 0 else None
         copies = table.run // form.size
         self.slot = (lane & (copies - 1)) * form.size
         self.paired = table.stride == _PAIRED
 
     def load(self, pointer: Pointer, offset: int) -> list[Reg]:
-        """The words that hold this lane's codes, of the token at pointer + offset; of three, the aligned pair first."""
-        if self.pair_first is not None:
-            pair = lanes.load_stream(at(pointer, self.pair_first.where(u32(0), u32(4))), offset, 2)
-            return pair + lanes.load_stream(at(pointer, self.pair_first.where(u32(8), u32(0))), offset, 1)
+        """The words that hold this lane's codes, of the token at pointer + offset."""
         at_once = next(n for n in (4, 2, 1) if 4 * n <= self.aligned and self.words % n == 0)
         parts = (lanes.load_stream(pointer, offset + 4 * i, at_once) for i in range(0, self.words, at_once))
         return [word for part in parts for word in part]
 
     def _straight(self, words: list[Reg]) -> list[Reg]:
-        """The words in order, shifted so that the first code begins at bit 0."""
-        if self.pair_first is not None:
-            first, second, third = words
-            choose = self.pair_first.where
-            words = [choose(first, third), choose(second, first), choose(third, second)]
+        """The words shifted so that the first code begins at bit 0."""
         if not self.shifted:
             return words
         words, shift = [*words, u32(0)], self.shift

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from pallas_kernels.exact import product
 from pallas_kernels.hadamard import hadamard as apply_hadamard
 
 
@@ -10,11 +11,15 @@ def transform_queries(
     q: Float[Array, "B Hq D"],
     scale: Float[Array, "Hkv D"] | None,
     hadamard: bool,
+    matrix: Float[Array, "Hkv D D"] | None = None,
     *,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Float[Array, "B Hq D"]:
-    """(q * scale) H, of each KV head's group of query heads, in float32, rounded to q's dtype."""
+    """(q * scale) H, or q times a matrix, of each KV head's group of query heads, in float32, rounded to q's dtype."""
+    if matrix is not None:
+        grouped = q.astype(jnp.float32).reshape(q.shape[0], matrix.shape[0], -1, q.shape[2])
+        return product("bhgi,hij->bhgj", grouped, matrix).reshape(q.shape).astype(q.dtype)
     if scale is None and not hadamard:
         return q
     x = q.astype(jnp.float32)

@@ -27,6 +27,7 @@ def vq_decode_attention(
     scale: float,
     query_scale: Float[Array, "Hkv D"] | None = None,
     query_hadamard: bool = False,
+    query_map: Float[Array, "Hkv D D"] | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -35,7 +36,7 @@ def vq_decode_attention(
 ) -> tuple[Array, Array]:
     """The meaning of `pallas_kernels.vq_decode_attention`. Chunks past the longest row are not read."""
     del num_splits
-    q = transform_queries(q, query_scale, query_hadamard, implementation="xla", interpret=interpret)
+    q = transform_queries(q, query_scale, query_hadamard, query_map, implementation="xla", interpret=interpret)
     batch, query_heads, dim = q.shape
     kv_heads, tokens = key_codes.shape[1:3]
     group = query_heads // max(1, kv_heads)

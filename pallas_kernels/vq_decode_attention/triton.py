@@ -63,6 +63,7 @@ def vq_decode_attention(
     scale: float,
     query_scale: Float[Array, "Hkv D"] | None = None,
     query_hadamard: bool = False,
+    query_map: Float[Array, "Hkv D D"] | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -76,7 +77,7 @@ def vq_decode_attention(
     rows, group = batch * kv_heads, query_heads // max(1, kv_heads)
     _check_supported(dim, group, key_codes, key_codebook)
     _check_supported(dim, group, value_codes, value_codebook)
-    q = transform_queries(q, query_scale, query_hadamard, interpret=interpret)
+    q = transform_queries(q, query_scale, query_hadamard, query_map, interpret=interpret)
     if rows * group * tokens == 0:
         nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
         return rounded(*merge_exact(*nothing, exact_q, exact, scale), out_dtype)

@@ -200,7 +200,13 @@ def test_exact_tokens_stand_in_the_same_softmax(dim, group, windows, how):
 @xla_and_mosaic
 @pytest.mark.parametrize(
     ("dim", "group", "dtype", "steps"),
-    [(128, 4, "bfloat16", "both"), (64, 3, "float16", "hadamard"), (128, 10, "bfloat16", "scale")],
+    [
+        (128, 4, "bfloat16", "both"),
+        (64, 3, "float16", "hadamard"),
+        (128, 10, "bfloat16", "scale"),
+        (128, 4, "bfloat16", "map"),
+        (64, 9, "float16", "map"),
+    ],
 )
 def test_queries_are_brought_into_the_keys_basis(dim, group, dtype, steps, how):
     case = cases.Decode(dim=dim, group=group, dtype=dtype, lengths=(0, 33), tokens=40)
@@ -208,9 +214,13 @@ def test_queries_are_brought_into_the_keys_basis(dim, group, dtype, steps, how):
     scale = jnp.asarray(np.random.default_rng(1).uniform(0.3, 2.0, (case.kv_heads, dim)), jnp.float32)
     wide = oracle.float64(q)
     given = {}
-    if steps != "hadamard":
+    if steps == "map":
+        given["query_map"] = jnp.asarray(np.random.default_rng(2).normal(size=(case.kv_heads, dim, dim)) / dim**0.5)
+        maps = np.repeat(oracle.float64(given["query_map"]), group, 0)
+        wide = np.einsum("bhi,hij->bhj", wide, maps)
+    if steps in ("scale", "both"):
         wide, given["query_scale"] = wide * np.repeat(oracle.float64(scale), group, 0), scale
-    if steps != "scale":
+    if steps in ("hadamard", "both"):
         wide, given["query_hadamard"] = wide @ oracle.hadamard_matrix(dim), True
     expected, expected_lse = oracle.decode_attention(jnp.asarray(wide, dtype), *rest, options["scale"])
     output, lse = vq_decode_attention(q, *rest, **options, **given, **how)
@@ -286,6 +296,7 @@ def test_arguments_that_do_not_belong_together_are_refused():
         ("take 16 bytes", (q, keys[..., :15], values, key_book, value_book, lengths), {}),
         ("lengths must be", (q, keys, values, key_book, value_book, lengths[:1]), {}),
         ("num_splits", (q, keys, values, key_book, value_book, lengths), {"num_splits": 0}),
+        ("query_map", (q, keys, values, key_book, value_book, lengths), {"query_map": jnp.zeros((2, 64, 63))}),
     ]
     for message, arrays, options in refused:
         with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check") as error:

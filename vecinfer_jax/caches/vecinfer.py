@@ -113,8 +113,8 @@ class VecInfer(VectorQuantisedMethod):
 
     @property
     def fuses_queries(self) -> bool:
-        """Whether the attention kernels transform queries: they know a scale and then a Hadamard matrix."""
-        return self.transform != "hadamard-smooth" and not self.maps
+        """Whether the attention kernels transform queries: they know a scale and then a Hadamard matrix, or a map."""
+        return self.transform != "hadamard-smooth"
 
     @property
     def maps(self) -> bool:
@@ -159,11 +159,9 @@ class VecInfer(VectorQuantisedMethod):
     def transform_query(self, q: Float[Array, "*B Hq D"], store: VecInferStore) -> Float[Array, "*B Hq D"]:
         """q after RoPE, into the space of the coded keys; float32 arithmetic, q's dtype out."""
         rows = q.reshape(-1, *q.shape[-2:])
-        if store.query_map is not None:
-            grouped = rows.astype(jnp.float32).reshape(rows.shape[0], store.query_map.shape[0], -1, q.shape[-1])
-            return product("bhgi,hij->bhgj", grouped, store.query_map).reshape(q.shape).astype(q.dtype)
         if self.transform != "hadamard-smooth":
-            return transform_queries(rows, store.smooth, self.rotates, **self._how("hadamard")).reshape(q.shape)
+            how = self._how("hadamard")
+            return transform_queries(rows, store.smooth, self.rotates, store.query_map, **how).reshape(q.shape)
         heads, dim = store.smooth.shape
         rotated = self._rotate(rows.astype(jnp.float32)).reshape(rows.shape[0], heads, -1, dim)
         return (rotated * store.smooth[:, None]).reshape(q.shape).astype(q.dtype)
@@ -262,6 +260,7 @@ class VecInfer(VectorQuantisedMethod):
             scale=layer.scale,
             query_scale=store.smooth if fused and self.smooths else None,
             query_hadamard=fused and self.rotates,
+            query_map=store.query_map,
             exact=self.exact_tokens(cache),
             exact_q=q,
             out_dtype=q.dtype,
