@@ -57,11 +57,12 @@ def decode_table(rows: list[dict[str, Any]], triton: bool) -> str:
     for row in rows:
         shape = f"B{row['batch']} S{row['tokens']:,}, {row['query_heads']}/{row['heads']} heads, D{row['dim']}"
         times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
-        more = [f"{row['triton_us']:.0f}" if "triton_us" in row else ""] if triton else []
+        extra = ("map_us", "triton_us") if triton else ()
+        more = [f"{row[name]:.0f}" if name in row else "" for name in extra]
         share = f"{row['percent_of_bandwidth']:.0f}%"
         lines.append([shape, formats_of(row), *times, f"{row['ratio']:.2f}x", share, *more])
     header = ["shape", "format", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth"]
-    return table(header + (["Triton kernel, µs"] if triton else []), lines)
+    return table(header + (["queries mapped, µs", "Triton kernel, µs"] if triton else []), lines)
 
 
 def decode_kernel() -> str:
@@ -71,6 +72,17 @@ def decode_kernel() -> str:
 def decode_shapes() -> str:
     rows, shown = decode_rows(), main_decode_rows(decode_rows())
     return decode_table([row for row in rows if row not in shown], triton=False)
+
+
+def decode_peers() -> str:
+    """Kernels that read a bfloat16 cache."""
+    lines = []
+    for row in read(H100, "kernels")["rows"]:
+        kernel, _, shape = row["name"].partition(" bfloat16: ")
+        if kernel == "decode_attention" or kernel.startswith("tokamax"):
+            label = "our schedule, bfloat16" if kernel == "decode_attention" else kernel
+            lines.append([shape, label, f"{row['us']:.0f}", f"{row['peer_us']:.0f}", f"{row['ratio']:.2f}x"])
+    return table(["shape", "kernel", "µs", "cuDNN bf16, µs", "cuDNN's over it"], lines)
 
 
 def encode_kernel() -> str:
@@ -267,6 +279,7 @@ def memory() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "decode-kernel": decode_kernel,
+    "decode-peers": decode_peers,
     "decode-shapes": decode_shapes,
     "encode-kernel": encode_kernel,
     "other-kernels": other_kernels,

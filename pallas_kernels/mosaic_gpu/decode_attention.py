@@ -127,6 +127,9 @@ class Problem:
     scale: float
     output: str  # "f32", or as `Exact.operand`
     config: Config
+    walk: "Walk"
+    settings: Any  # of the walk
+    scratch_bytes: int  # shared memory of the walk
 
     @property
     def transforms(self) -> bool:
@@ -155,7 +158,8 @@ class Problem:
 
     @property
     def shared_bytes(self) -> int:
-        return self.sources_bytes + merge_bytes(self.dim, self.group, self.config) + Schedule.shared_bytes(self.batch)
+        own = self.sources_bytes + merge_bytes(self.dim, self.group, self.config) + Schedule.shared_bytes(self.batch)
+        return own + self.scratch_bytes
 
     @property
     def slots(self) -> int:
@@ -178,11 +182,15 @@ def attend(
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     out_dtype: Any = jnp.float32,
+    walk: "Walk | None" = None,
+    settings: Any = None,
+    scratch_bytes: int = 0,
 ) -> tuple[Array, Array]:
     """softmax(scale q K^T) V -> output [B, Hq, D] in `out_dtype`, log-sum-exp [B, Hq].
 
     keys, values: how they are held, the array [B, Hkv, S, ...] of their tokens, and further ones that their source
-    reads. The other arguments are those of `pallas_kernels.vq_decode_attention`.
+    reads. walk: what a warp does with a row's tiles, `walk_tiles` if not given; settings: its own, hashable;
+    scratch_bytes: its shared memory. The other arguments are those of `pallas_kernels.vq_decode_attention`.
 
     Raises NotImplementedError for what these kernels do not serve.
     """
@@ -208,6 +216,9 @@ def attend(
         scale=abs(scale) * _LOG2_E,
         output=_output_kind(name, out_dtype),
         config=config,
+        walk=walk or walk_tiles,
+        settings=settings,
+        scratch_bytes=scratch_bytes,
     )
     if problem.shared_bytes > SHARED_BYTES:
         raise NotImplementedError(f"{name}: {batch} rows leave no shared memory to the mosaic_gpu kernel")
@@ -308,6 +319,31 @@ def _join(problem: Problem, *arrays: Array) -> list[Array]:
 # -- whose tiles are whose
 
 
+@dataclasses.dataclass
+class Row:
+    """A row's share of one block, as a walk over its tiles gets it.
+
+    low, high: tiles of the row that are the block's; length: tokens that count; key, value: where all tokens begin and
+    what else their sources have; shared: the sources' shared memory; scratch: the walk's. `queries()` says where the
+    group's queries are. state = before(state) and fill() are to be run by all threads, once the first tokens are on
+    their way and before any is used.
+    """
+
+    row: Reg
+    head: Reg
+    batch: Reg
+    low: Reg
+    high: Reg
+    length: Reg
+    key: list[Pointer]
+    value: list[Pointer]
+    shared: Pointer
+    scratch: Pointer
+    queries: Callable[[], Pointer]
+    before: Callable[[list], list]
+    fill: Callable[[], None]
+
+
 class Schedule:
     """The list of all rows' tiles: head by head, within a head batch row by batch row. Every thread makes one."""
 
@@ -377,13 +413,14 @@ def _attend_block(p: Problem, q, *rest: Any) -> None:
     """Block `block` attends to its share of the tiles, row after row."""
     given = iter(rest[:-4])
     outputs, sums, shared, block = rest[-4:]
-    key_tokens, *key_extras = [next(given) for _ in range(1 + p.key.extras)]
-    value_tokens, *value_extras = [next(given) for _ in range(1 + p.value.extras)]
+    key, value = ([next(given) for _ in range(1 + source.extras)] for source in (p.key, p.value))
     lengths = next(given)
     factors = next(given) if p.query_scale or p.query_map else None
     exact = list(given)
     merge = at(shared, p.sources_bytes)
-    schedule = Schedule(p, lengths, at(merge, merge_bytes(p.dim, p.group, p.config)))
+    sums_of_lengths = at(merge, merge_bytes(p.dim, p.group, p.config))
+    scratch = at(sums_of_lengths, Schedule.shared_bytes(p.batch))
+    schedule = Schedule(p, lengths, sums_of_lengths)
     first, last = schedule.share(block), schedule.share(block + 1)
 
     def visit(index: Reg, filled: Reg) -> Reg:
@@ -395,8 +432,8 @@ def _attend_block(p: Problem, q, *rest: Any) -> None:
         def attend(filled: Reg) -> Reg:
             def fill() -> None:
                 with lanes.do_when(head.differs(filled)):
-                    p.key.fill(shared, p.threads, head, *key_extras)
-                    p.value.fill(shared, p.threads, head, *value_extras)
+                    p.key.fill(shared, p.threads, head, *key[1:])
+                    p.value.fill(shared, p.threads, head, *value[1:])
                 lanes.barrier()  # what the head shares is there, and the queries have been read
 
             def before(state: list) -> list:
@@ -411,10 +448,24 @@ def _attend_block(p: Problem, q, *rest: Any) -> None:
                     return _map_queries(p, of_row, at(factors, lanes.wide_product(head, p.dim * p.dim * 4)), merge)
                 return _transform_queries(p, of_row, factors, head, merge) if p.transforms else of_row
 
-            memory = queries, key_tokens, value_tokens, shared
-            length = schedule.length(batch)
-            high_coded = (high - start).minimum(schedule.coded_tiles(batch))
-            state = _attend(p, *memory, row, low - start, high_coded, length, before, fill)
+            state = p.walk(
+                p,
+                Row(
+                    row=row,
+                    head=head,
+                    batch=batch,
+                    low=low - start,
+                    high=(high - start).minimum(schedule.coded_tiles(batch)),
+                    length=schedule.length(batch),
+                    key=key,
+                    value=value,
+                    shared=shared,
+                    scratch=scratch,
+                    queries=queries,
+                    before=before,
+                    fill=fill,
+                ),
+            )
             _merge(p, state, merge, outputs, sums, block + index)
             lanes.barrier()  # the merge has been read
             return head
@@ -425,41 +476,33 @@ def _attend_block(p: Problem, q, *rest: Any) -> None:
         lanes.loop(schedule.row_of(first), schedule.row_of(last - 1) + 1, 1, u32(p.kv_heads), visit)
 
 
-def _attend(
-    p: Problem,
-    queries_of: Callable[[], Pointer],
-    key_tokens: Pointer,
-    value_tokens: Pointer,
-    shared: Pointer,
-    row: Reg,
-    low: Reg,
-    high: Reg,
-    length: Reg,
-    before: Callable,
-    fill: Callable,
-) -> list:
-    """One warp's tiles of a row's tiles low .. high - 1 -> for every four heads: maximum, sum, outputs.
+class Place:
+    """Which lane of its warp this is, and which of eight tokens' keys it reads."""
 
-    state = before(state) and fill() are run when the first tokens are on their way, before any is used.
-    """
-    lane, warp = lanes.thread() & (_WARP - 1), lanes.warp()
-    r, j, odd = lane >> 2, lane & 3, (lane >> 2) & 1
-    keys, values = p.key.reader(shared, j, 4, lane), p.value.reader(shared, r, 8, lane)
+    def __init__(self) -> None:
+        self.lane, self.warp = lanes.thread() & (_WARP - 1), lanes.warp()
+        self.r, self.j, odd = self.lane >> 2, self.lane & 3, (self.lane >> 2) & 1
+        # Row r of a score tile is token r / 2 + 4 (r % 2): then a warp's load of values is contiguous, and after
+        # the transposition of p a lane holds the weights of tokens j and j + 4.
+        self.own = (self.r >> 1) + (odd << 2)
+
+
+def walk_tiles(p: Problem, row: Row) -> list:
+    """One warp's tiles of a row -> for every four heads: maximum, sum, outputs."""
+    place = Place()
+    keys, values = p.key.reader(row.shared, place.j, 4, place.lane), p.value.reader(row.shared, place.r, 8, place.lane)
     key_pitch, value_pitch = p.key.pitch, p.value.pitch
-    # Row r of a score tile is token r / 2 + 4 (r % 2): then a warp's load of values is contiguous, and after
-    # the transposition of p a lane holds the weights of tokens j and j + 4.
-    own = (r >> 1) + (odd << 2)
-    key_row = at(key_tokens, lanes.wide_product(row, p.tokens * key_pitch))
-    value_row = at(value_tokens, lanes.wide_product(row, p.tokens * value_pitch))
-    key_row = at(key_row, own * key_pitch + keys.word_offset)
-    value_row = at(value_row, j * value_pitch + values.word_offset)
+    key_row = at(row.key[0], lanes.wide_product(row.row, p.tokens * key_pitch))
+    value_row = at(row.value[0], lanes.wide_product(row.row, p.tokens * value_pitch))
+    key_row = at(key_row, place.own * key_pitch + keys.word_offset)
+    value_row = at(value_row, place.j * value_pitch + values.word_offset)
 
     def start_of(tile: Reg) -> Reg:
         start = tile * p.tile
         return start if p.tokens % p.tile == 0 else start.minimum(p.tokens - p.tile)
 
     def read(tile: Reg) -> list:
-        start = start_of(tile.minimum(high.maximum(1) - 1))
+        start = start_of(tile.minimum(row.high.maximum(1) - 1))
         key_at, value_at = at(key_row, start * key_pitch), at(value_row, start * value_pitch)
         return [
             (
@@ -469,36 +512,39 @@ def _attend(
             for g in range(p.config.groups)
         ]
 
-    first = low + warp
+    first = row.low + place.warp
     words = read(first)  # on their way while shared memory is filled
-    of_row = queries_of()
-    queries = [_load_queries(p, of_row, block, r, j) for block in range(p.head_blocks)]
-    state = before(_empty(p))
-    fill()
-    selectors = _selectors(r)
+    of_row = row.queries()
+    queries = [_load_queries(p, of_row, block, place.r, place.j) for block in range(p.head_blocks)]
+    state = row.before(empty(p))
+    row.fill()
+    selectors = selectors_of(place.r)
 
     def visit(tile: Reg, carry):
         state, words = carry
         following = read(tile + p.warps)
-        scores = [_products(keys.pairs(of_keys), queries, p.key.operand) for of_keys, _ in words]
+        scores = [products(keys.pairs(of_keys), queries, p.key.operand) for of_keys, _ in words]
         start = tile * p.tile
-        scores = lanes.when(length < start + p.tile, scores, functools.partial(mask, start, start_of(tile)))
-        state = _make_room(p, scores, state)
+        scores = lanes.when(row.length < start + p.tile, scores, functools.partial(mask, start, start_of(tile)))
+        state = make_room(p, scores, state)
         for of_group, (_, of_values) in zip(scores, words, strict=True):
             near, far = map(values.pairs, of_values)
-            state = _accumulate(p, p.value.operand, near, far, of_group, state, selectors)
+            state = accumulate(p, p.value.operand, near, far, of_group, state, selectors)
         return state, following
 
     def mask(start: Reg, read_from: Reg, scores: list) -> list:
         """Without the tokens past the length, and those before the tile where the last one had to begin early."""
         out = []
         for g, of_group in enumerate(scores):
-            token = read_from + own + g * BLOCK
-            counts = (token < length) & (start <= token)
+            token = read_from + place.own + g * BLOCK
+            counts = (token < row.length) & (start <= token)
             out.append([counts.where(s, f32(split_k.EMPTY)) for s in of_group])
         return out
 
-    return lanes.loop(first, high, p.warps, (state, words), visit)[0]
+    return lanes.loop(first, row.high, p.warps, (state, words), visit)[0]
+
+
+Walk = Callable[[Problem, Row], list]
 
 
 def _attend_exactly(p: Problem, source: Exact, arrays: Sequence[Pointer], row: Reg, batch: Reg, state: list) -> list:
@@ -523,9 +569,9 @@ def _attend_exactly(p: Problem, source: Exact, arrays: Sequence[Pointer], row: R
                 _row_words(at(value_row, (first + j + t).minimum(last) * (p.dim * 2), r * (p.dim // 4)), p.dim // 16)
                 for t in (0, 4)
             )
-            scores = [counts.where(s, f32(split_k.EMPTY)) for s in _products(key, queries, source.operand)]
-            state = _make_room(p, [scores], state)
-            return _accumulate(p, source.operand, near, far, scores, state, _selectors(r))
+            scores = [counts.where(s, f32(split_k.EMPTY)) for s in products(key, queries, source.operand)]
+            state = make_room(p, [scores], state)
+            return accumulate(p, source.operand, near, far, scores, state, selectors_of(r))
 
         return lanes.when(lanes.any_lane(counts), state, see)
 
@@ -536,14 +582,14 @@ def _row_words(pointer: Pointer, count: int) -> list[Reg]:
     return [word for i in range(0, count, 4) for word in lanes.load(at(pointer, 4 * i), 4)]
 
 
-def _empty(p: Problem) -> list:
+def empty(p: Problem) -> list:
     """Nothing seen."""
     parts = p.dim // 32
     return [(f32(split_k.EMPTY), f32(0.0), [[f32(0.0)] * 4 for _ in range(parts)]) for _ in range(p.head_blocks)]
 
 
-def _selectors(r: Reg) -> list[Reg]:
-    """For `_accumulate`: where B has a weight and where a 0."""
+def selectors_of(r: Reg) -> list[Reg]:
+    """For `accumulate`: where B has a weight and where a 0."""
     even = (r & 1).equals(0)
     return [even.where(u32(a), u32(b)) for a, b in ((0x4410, 0x1044), (0x4432, 0x3244))]
 
@@ -634,7 +680,7 @@ def _load_queries(p: Problem, q: Pointer, block: int, r: Reg, j: Reg) -> list[tu
     return list(zip(words[::2], words[1::2], strict=True))
 
 
-def _products(key: list[Reg], queries: list, operand: str) -> list[Reg]:
+def products(key: list[Reg], queries: list, operand: str) -> list[Reg]:
     """q . k of 8 tokens: in lane (r, j) of row r with head j of each four heads."""
     sums = [[f32(0.0)] * 4 for _ in queries]
     for step in range(len(key) // 4):
@@ -643,7 +689,7 @@ def _products(key: list[Reg], queries: list, operand: str) -> list[Reg]:
     return [c[0] + c[3] for c in sums]
 
 
-def _make_room(p: Problem, scores: list[list[Reg]], state: list) -> list:
+def make_room(p: Problem, scores: list[list[Reg]], state: list) -> list:
     """Moves the running maxima where one of the scores (of groups of tokens, of four heads each) is far above."""
     peaks = [lanes.reduce(Reg.maximum, list(of_heads)) for of_heads in zip(*scores, strict=True)]
     above = [peak * p.scale - m > _SLACK for peak, (m, _, _) in zip(peaks, state, strict=True)]
@@ -661,25 +707,35 @@ def _make_room(p: Problem, scores: list[list[Reg]], state: list) -> list:
     return lanes.when(lanes.any_lane(lanes.reduce(Reg.__or__, above)), state, raised)
 
 
-def _accumulate(
+def accumulate(
     p: Problem, operand: str, near: list[Reg], far: list[Reg], scores: list[Reg], state: list, selectors: list[Reg]
 ) -> list:
-    """The state with 8 more tokens: their weights, and V^T p.
-
-    near, far: this lane's words of the values of tokens j and j + 4. Outputs: in lane (r, j) elements r D / 8 .. of
-    head j of each four heads, four a part.
-    """
+    """The state with 8 more tokens: their weights, and V^T p."""
     out = []
     for score, (m, total, parts) in zip(scores, state, strict=True):
-        weight = lanes.exp2(lanes.multiply_add(score, p.scale, f32(0.0) - m))
-        pair = lanes.transpose_8x8(lanes.pack_pair(weight, weight, operand))
-        b = [lanes.bytes_of(pair, u32(0), selector) for selector in selectors]
-        parts = [
-            lanes.mma(part, [*near[2 * i : 2 * i + 2], *far[2 * i : 2 * i + 2]], b, operand)
-            for i, part in enumerate(parts)
-        ]
-        out.append((m, total + weight, parts))
+        weight = weigh(p, score, m)
+        out.append((m, total + weight, add_values(parts, operand, near, far, weight, selectors)))
     return out
+
+
+def weigh(p: Problem, score: Reg, m: Reg) -> Reg:
+    """exp(score), relative to the running maximum."""
+    return lanes.exp2(lanes.multiply_add(score, p.scale, f32(0.0) - m))
+
+
+def add_values(
+    parts: list, operand: str, near: list[Reg], far: list[Reg], weight: Reg, selectors: list[Reg]
+) -> list[list[Reg]]:
+    """The outputs of four heads with V^T p of 8 more tokens.
+
+    near, far: this lane's words of the values of tokens j and j + 4. weight: in lane (r, j) of row r with head j.
+    Outputs: in lane (r, j) elements r D / 8 .. of head j, four a part.
+    """
+    pair = lanes.transpose_8x8(lanes.pack_pair(weight, weight, operand))
+    b = [lanes.bytes_of(pair, u32(0), selector) for selector in selectors]
+    return [
+        lanes.mma(part, [*near[2 * i : 2 * i + 2], *far[2 * i : 2 * i + 2]], b, operand) for i, part in enumerate(parts)
+    ]
 
 
 # -- joining

@@ -198,6 +198,11 @@ def multiply_add(a: Reg, b: Reg | float, c: Reg) -> Reg:
     return Reg(llvm.intr_fma(a.value, b.value, c.value))
 
 
+def multiply_add_pair(a: Reg, b: Reg, c: Reg, kind: str) -> Reg:
+    """a * b + c of two bf16 or f16 a word."""
+    return asm(f"fma.rn.{kind}x2 $0, $1, $2, $3;", "r,r,r", "r", a, b, c)
+
+
 def pack_pair(low: Reg, high: Reg, kind: str) -> Reg:
     """Two float32 rounded to bf16 or f16, in one word."""
     return asm(f"cvt.rn.{kind}x2.f32 $0, $1, $2;", "f,f", "r", high, low)
@@ -303,6 +308,16 @@ def store(pointer: Pointer, words: Sequence[Reg]) -> None:
     for i, word in enumerate(words):
         vector = llvm.insertelement(vector, word.value, u32(i).value)
     llvm.store(vector, pointer, alignment=4 * len(words))
+
+
+def add_shared(pointer: Pointer, value: Reg) -> None:
+    """Adds a float32 to one in shared memory, at once for all lanes of a warp that do."""
+    asm("red.shared.add.f32 [$0], $1;", "r,f", "", Reg(llvm.ptrtoint(_i32(), pointer)), value, volatile=True)
+
+
+def sync_warp() -> None:
+    """All lanes of the warp have come here, and see what the others stored before."""
+    asm(f"bar.warp.sync {_EVERY_LANE};", "", "", volatile=True)
 
 
 # -- control flow; a carry is any pytree of Regs

@@ -132,7 +132,7 @@ def vq_decode_attention(
     config = config or choose_config(rows, tokens, group, formats, num_splits)
     books = key_codebook, value_codebook
     sources = _tables(formats, [book.shape[0] == 1 for book in books], group, batch, config)
-    words = [_words(book, form) for book, form in zip(books, formats, strict=True)]
+    words = [words_of(book, form) for book, form in zip(books, formats, strict=True)]
     return decode_attention.attend(
         "vq_decode_attention",
         q,
@@ -185,7 +185,7 @@ def _check_supported(q: Array, group: int, scale: float, formats: Sequence[Forma
             )
 
 
-def _words(codebook: Array, form: Format) -> Array:
+def words_of(codebook: Array, form: Format) -> Array:
     """A codebook as it lies in memory, four bytes at a time."""
     stored = codebook if form.element == "fp8" else codebook.astype(decode_attention.dtype_of(form.element))
     flat = stored.reshape(stored.shape[0], form.entries * form.size // 4, -1)
@@ -198,7 +198,7 @@ def _tables(
     """Both tables with as many copies of the entries as fit: of 8-bit codes, all that a line holds."""
     key, value = formats
     if key.bits == value.bits == 8:
-        return Table(key, 0, _PAIRED, _LINE, one_book[0]), Table(value, _LINE, _PAIRED, _LINE, one_book[1])
+        return side_by_side(key, value, one_book)
     room = decode_attention.room(key.dim, group, batch, config)
     runs = [_LINE, _LINE]
     while sum(form.entries * run for form, run in zip(formats, runs, strict=True)) > room:
@@ -211,6 +211,13 @@ def _tables(
         Table(key, 0, runs[0], runs[0], one_book[0]),
         Table(value, key.entries * runs[0], runs[1], runs[1], one_book[1]),
     )
+
+
+def side_by_side(key: Format, value: Format, one_book: Sequence[bool]) -> tuple[Table, Table]:
+    """Tables of up to 8 bits, their entries copied over all that is read at once."""
+    if key.bits == value.bits == 8:
+        return Table(key, 0, _PAIRED, _LINE, one_book[0]), Table(value, _LINE, _PAIRED, _LINE, one_book[1])
+    return Table(key, 0, _LINE, _LINE, one_book[0]), Table(value, key.entries * _LINE, _LINE, _LINE, one_book[1])
 
 
 class LaneCodes:

@@ -19,6 +19,7 @@ import numpy as np
 from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import mosaic_gpu as plain
 from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.nuq_decode_attention import mosaic_gpu as nuq
 from pallas_kernels.rms_norm import mosaic_gpu as norm
 from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
 from pallas_kernels.vq_decode_attention import mosaic_gpu as attention
@@ -211,6 +212,11 @@ def _half(kind):
     return {"bf16": ml_dtypes.bfloat16, "f16": np.float16}[kind]
 
 
+def multiply_add_pair(a, b, c, kind):
+    x, y, z = (r.value.view(_half(kind)).astype(np.float64) for r in (a, b, c))
+    return Reg((x * y + z).astype(_half(kind)).view(np.uint32))
+
+
 def pack_pair(low, high, kind):
     pair = np.stack([low.value, high.value], -1).astype(_half(kind))
     return Reg(pair.view(np.uint32)[:, 0])
@@ -308,6 +314,17 @@ def store(pointer, words):
     pointer.memory.store(_places(pointer, len(words)), values[_local.active])
 
 
+def add_shared(pointer, value):
+    places = _places(pointer, 1)
+    for place, number in zip(places, value.value[_local.active], strict=True):
+        held = pointer.memory.load(place[None]).view(np.float32)
+        pointer.memory.store(place[None], (held + number).astype(np.float32).view(np.uint8))
+
+
+def sync_warp():
+    _whole_warp()
+
+
 # -- control flow
 
 
@@ -388,7 +405,7 @@ def install(monkeypatch):
     """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors, in blocks of few
     warps: a warp more is as much again to simulate."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda: MULTIPROCESSORS)
-    for kernel in (attention, plain, encoding, norm):
+    for kernel in (attention, plain, nuq, encoding, norm):
         for name in ("_WARPGROUPS", "_FEW_WARPGROUPS", "_MANY_WARPGROUPS"):
             monkeypatch.setattr(kernel, name, 1, raising=False)
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]

@@ -1,0 +1,558 @@
+"""`nuq_decode_attention` in Mosaic GPU: `pallas_kernels.mosaic_gpu.decode_attention` with a walk of its own.
+
+*Codes.* A codebook of single numbers is one of short vectors: two 4-bit or 3-bit codes, or four 2-bit ones, are looked
+up at once in the table of all their combinations, as `vq_decode_attention` does it.
+
+*RoPE without angles.* score(s) = q . R(s) k, q after RoPE; with s = s0 + i, i the token's place among eight, that is
+(R(-s0) q) . (R(i) k). A lane reads keys of one place i only, so R(i) with the channels' scale and zero point is a few
+constants in its registers: k' = R(i)(s Q + z) costs one multiply-add an element. The query goes from eight tokens to
+the next by the constant rotation R(-8), in float32, from a start that comes from tables made in float64.
+
+*A value's* scale goes into its weight, and its zero point is one number a token that is summed beside the outputs.
+
+*Outliers*, tile by tile of 64 tokens, a slot a lane: to the keys' scores, and after the values' dense part to outputs
+that each warp keeps in shared memory, channel by channel.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Float16, Int32, UInt8, UInt32
+
+from pallas_kernels import dispatch, split_k
+from pallas_kernels.exact import ExactTokens
+from pallas_kernels.mosaic_gpu import decode_attention as skeleton
+from pallas_kernels.mosaic_gpu import lanes
+from pallas_kernels.mosaic_gpu.decode_attention import BLOCK, HEADS, Config, Problem, Row
+from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg, at, f32, u32
+from pallas_kernels.vq_decode_attention import mosaic_gpu as vq
+
+TILE = 64  # tokens whose outliers lie together
+_COARSE = 64  # tiles between two coarse rotations
+_GROUPS = TILE // BLOCK
+_WARPGROUPS = 2
+# Elements that are looked up at once, by bits a code.
+_AT_ONCE = {2: 4, 3: 2, 4: 2}
+_MOST_HEADS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Slots of outliers a tile, 0 for none; where the rotations within a tile lie in shared memory, -1 for nowhere."""
+
+    key_slots: int
+    value_slots: int
+    rotations: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """Coded keys: their table, and cos and sin of the places of a tile, where outliers ask for them."""
+
+    table: vq.Table
+    rotations: int  # where they lie in shared memory; -1 for nowhere
+
+    # The combinations of codes; rotations within a tile, of tiles (fine, coarse) and from group to group; scale, zero.
+    extras = 8
+
+    @property
+    def operand(self) -> str:
+        return self.table.operand
+
+    @property
+    def pitch(self) -> int:
+        return self.table.pitch
+
+    @property
+    def shared_end(self) -> int:
+        end = self.rotations + TILE * self.table.format.dim * 4 if self.rotations >= 0 else 0
+        return max(self.table.shared_end, end)
+
+    def fill(self, shared: Pointer, threads: int, head: Reg, book: Pointer, in_tile: Pointer, *rest: Pointer) -> None:
+        del rest
+        self.table.fill(shared, threads, head, book)
+        if self.rotations >= 0:
+            chunks = TILE * self.table.format.dim // 4
+            for i in range(-(-chunks // threads)):
+                chunk = (lanes.thread() + i * threads).minimum(chunks - 1)
+                lanes.store(at(shared, self.rotations, chunk << 4), lanes.load(at(in_tile, chunk << 4), 4))
+
+    def reader(self, shared: Pointer, part: Reg, parts: int, lane: Reg) -> vq.LaneCodes:
+        return self.table.reader(shared, part, parts, lane)
+
+
+@dataclasses.dataclass(frozen=True)
+class Values:
+    """Coded values."""
+
+    table: vq.Table
+
+    extras = 3  # the combinations of codes, scales and zeros of tokens, outliers
+
+    @property
+    def operand(self) -> str:
+        return self.table.operand
+
+    @property
+    def pitch(self) -> int:
+        return self.table.pitch
+
+    @property
+    def shared_end(self) -> int:
+        return self.table.shared_end
+
+    def fill(self, shared: Pointer, threads: int, head: Reg, book: Pointer, *rest: Pointer) -> None:
+        del rest
+        self.table.fill(shared, threads, head, book)
+
+    def reader(self, shared: Pointer, part: Reg, parts: int, lane: Reg) -> vq.LaneCodes:
+        return self.table.reader(shared, part, parts, lane)
+
+
+def nuq_decode_attention(
+    q: Float[Array, "B Hq D"],
+    key_codes: UInt8[Array, "B Hkv S bytes"],
+    value_codes: UInt8[Array, "B Hkv S bytes"],
+    key_scale: Float[Array, "Hkv D"],
+    key_zero: Float[Array, "Hkv D"],
+    key_codebook: Float[Array, "K"],
+    value_codebook: Float[Array, "K"],
+    value_scale_zero: Float16[Array, "B S 2"],
+    key_outliers: UInt32[Array, "B Hkv tiles kslots"] | None,
+    value_outliers: UInt32[Array, "B Hkv tiles vslots"] | None,
+    lengths: Int32[Array, "B"],
+    *,
+    scale: float,
+    first_position: int = 0,
+    frequencies: tuple[float, ...] | None,
+    exact: Sequence[ExactTokens] = (),
+    exact_q: Float[Array, "B Hq D"] | None = None,
+    out_dtype: Any = jnp.float32,
+    interpret: bool = False,
+    config: Config | None = None,
+) -> tuple[Array, Array]:
+    """`pallas_kernels.nuq_decode_attention` for 16-bit queries, D 64 or 128, up to 8 query heads a KV head."""
+    batch, query_heads, dim = q.shape
+    kv_heads, tokens = key_codes.shape[1:3]
+    group = query_heads // max(1, kv_heads)
+    bits = key_codebook.shape[0].bit_length() - 1
+    if interpret:
+        raise NotImplementedError("nuq_decode_attention: mosaic_gpu has no interpret mode")
+    served = dim in skeleton.HEAD_DIMS and bits in _AT_ONCE and group <= _MOST_HEADS and scale != 0
+    if not served or jnp.dtype(q.dtype).itemsize != 2 or value_codebook.shape != key_codebook.shape:
+        raise NotImplementedError(
+            f"nuq_decode_attention: the mosaic_gpu kernel serves 16-bit queries, D in {skeleton.HEAD_DIMS}, codebooks "
+            f"of {sorted(_AT_ONCE)} bits and up to {_MOST_HEADS} query heads a KV head, not {q.dtype}, D={dim}, "
+            f"codebooks {key_codebook.shape} and {value_codebook.shape}, {group} heads"
+        )
+    exact = [held for held in exact if held.keys.shape[2]]
+    if batch * kv_heads * group == 0 or (tokens == 0 and not exact):
+        return jnp.zeros(q.shape, out_dtype), jnp.full((batch, query_heads), split_k.EMPTY)
+    if tokens == 0:  # a window alone: one tile of which no token counts
+        room = (batch, kv_heads, TILE, key_codes.shape[3])
+        key_codes = value_codes = jnp.zeros(room, jnp.uint8)
+        value_scale_zero = jnp.zeros((batch, TILE, 2), jnp.float16)
+        key_outliers = value_outliers = None
+        tokens, lengths = TILE, jnp.zeros_like(lengths)
+    config = config or choose_config(batch * kv_heads, tokens)
+
+    # Keys are multiplied in float16, whose range holds their scale and whose ten bits their rotations; weights of
+    # values, far apart, in bfloat16.
+    at_once = _AT_ONCE[bits]
+    key_format, value_format = (vq.Format(dim, at_once, at_once * bits, element) for element in ("f16", "bf16"))
+    key_slots, value_slots = (0 if slots is None else slots.shape[3] for slots in (key_outliers, value_outliers))
+    key_table, value_table = vq.side_by_side(key_format, value_format, (True, True))
+    end = -(-max(key_table.shared_end, value_table.shared_end) // 16) * 16
+    settings = Settings(key_slots, value_slots, end if key_slots else -1)
+    keys = Keys(key_table, settings.rotations)
+    tables = map(
+        jnp.asarray,
+        _rotations(frequencies or (0.0,) * (dim // 2), tokens // TILE, first_position, config.warpgroups * 4),
+    )
+    nothing = jnp.zeros((1,), jnp.uint32)
+    books = [
+        vq.words_of(combinations(book, at_once), form)
+        for book, form in ((key_codebook, key_format), (value_codebook, value_format))
+    ]
+    of_channels = [array.astype(jnp.float32) for array in (key_scale, key_zero)]
+    return skeleton.attend(
+        "nuq_decode_attention",
+        q,
+        (keys, key_codes, [books[0], *tables, *of_channels, nothing if key_outliers is None else key_outliers]),
+        (
+            Values(value_table),
+            value_codes,
+            [books[1], value_scale_zero, nothing if value_outliers is None else value_outliers],
+        ),
+        lengths,
+        scale=scale,
+        config=config,
+        exact=exact,
+        exact_q=exact_q,
+        out_dtype=out_dtype,
+        walk=_walk,
+        settings=settings,
+        scratch_bytes=config.warpgroups * 4 * _Scratch.size(dim, group, settings),
+    )
+
+
+def choose_config(rows: int, tokens: int) -> Config:
+    """Every multiprocessor takes its share of the tiles."""
+    return Config(_GROUPS, _WARPGROUPS, max(1, min(dispatch.multiprocessors(), rows * -(-tokens // TILE))))
+
+
+def combinations(codebook: Float[Array, "K"], count: int) -> Float[Array, "1 Kn n"]:
+    """All vectors of `count` entries, the first code in the lowest bits."""
+    entries = codebook.shape[0]
+    index = jnp.arange(entries**count)[:, None] // entries ** jnp.arange(count) % entries
+    return codebook[index][None]
+
+
+def _rotations(frequencies: tuple[float, ...], tiles: int, first: int, warps: int) -> list[np.ndarray]:
+    """cos and sin, float32[n, D / 2, 2]: of the places in a tile; of 64 tiles from the first position on; of every 64th
+    tile; of eight tokens, and from a warp's tile's last group to its next tile."""
+    angles = np.asarray(frequencies, np.float64)
+
+    def table(positions: Any) -> np.ndarray:
+        turned = np.asarray(positions, np.float64)[:, None] * angles
+        return np.stack([np.cos(turned), np.sin(turned)], axis=-1).astype(np.float32)
+
+    coarse = np.arange(-(-tiles // _COARSE)) * (_COARSE * TILE)
+    return [
+        table(np.arange(TILE)),
+        table(np.arange(_COARSE) * TILE + first),
+        table(coarse),
+        table([BLOCK, TILE * warps - (TILE - BLOCK)]),
+    ]
+
+
+class _Scratch:
+    """A warp's shared memory, for every four heads: the query of a tile's start [D, 4], what outliers add to scores,
+    then the weights [64, 4], what outliers add to outputs [D, 4]; float32."""
+
+    def __init__(self, p: Problem, scratch: Pointer, warp: Reg):
+        self.mine = at(scratch, warp * self.size(p.dim, p.group, p.settings))
+        self.rows = p.dim * 4 * HEADS
+
+    @staticmethod
+    def size(dim: int, group: int, settings: Settings) -> int:
+        if not settings.key_slots and not settings.value_slots:
+            return 0
+        return -(-group // HEADS) * (2 * dim + TILE) * 4 * HEADS
+
+    def _of(self, block: int) -> Pointer:
+        return at(self.mine, block * (2 * self.rows + TILE * 4 * HEADS))
+
+    def query(self, block: int) -> Pointer:
+        return self._of(block)
+
+    def output(self, block: int) -> Pointer:
+        return at(self._of(block), self.rows)
+
+    def tokens(self, block: int) -> Pointer:
+        return at(self._of(block), 2 * self.rows)
+
+
+class _Queries:
+    """This lane's elements of the group's queries: of head r / 2 of every four, channels c and c + D / 2 for some c of
+    the lane's quarter, turned back to where the next eight keys begin."""
+
+    def __init__(self, p: Problem, q: Pointer, place: skeleton.Place):
+        self.p = p
+        self.half, self.count = p.dim // 2, p.dim // 32  # words of each half
+        # Words of the quarter (pairs of channels) alternate between the rows of A, so between columns 2h and 2h + 1.
+        self.channel = place.j * (p.dim // 8) + ((place.r & 1) << 1)
+        self.head = place.r >> 1
+        self.low: list[list[Reg]] = []
+        self.high: list[list[Reg]] = []
+        for block in range(p.head_blocks):
+            head = self.head + HEADS * block
+            exists = head < p.group
+            mine = at(q, exists.where(head, u32(0)) * (p.dim * 2) + (self.channel << 1))
+            for half, values in ((0, self.low), (1, self.high)):
+                words = [lanes.load(at(mine, half * p.dim + 8 * i), 1)[0] for i in range(self.count)]
+                words = [exists.where(word, u32(0)) for word in words]
+                values.append([x for word in words for x in lanes.widen(word, p.key.operand)])
+
+    def factors(self, table: Pointer) -> list[Reg]:
+        """cos and sin of this lane's channels, alternating, of a row of a table."""
+        mine = at(table, self.channel << 3)
+        return [x.as_float() for i in range(self.count) for x in lanes.load(at(mine, 32 * i), 4)]
+
+    def turn(self, low: list, high: list, factors: list[Reg]) -> tuple[list, list]:
+        """R(-s) of every query, from cos and sin."""
+        cosines, sines, minus = factors[::2], factors[1::2], [f32(0.0) - x for x in factors[1::2]]
+        lows, highs = [], []
+        for of_low, of_high in zip(low, high, strict=True):
+            quads = list(zip(of_low, of_high, cosines, sines, minus, strict=True))
+            lows.append([lanes.multiply_add(h, s, a * c) for a, h, c, s, _ in quads])
+            highs.append([lanes.multiply_add(a, m, h * c) for a, h, c, _, m in quads])
+        return lows, highs
+
+    def operands(self, low: list, high: list) -> list[list[tuple[Reg, Reg]]]:
+        """B of each step of the scores."""
+        out = []
+        for values in (a + b for a, b in zip(low, high, strict=True)):
+            words = [lanes.pack_pair(values[i], values[i + 1], self.p.key.operand) for i in range(0, len(values), 2)]
+            out.append(list(zip(words[::2], words[1::2], strict=True)))
+        return out
+
+    def keep(self, low: list, high: list, scratch: _Scratch) -> None:
+        """The queries in shared memory, channel by channel."""
+        for block, (of_low, of_high) in enumerate(zip(low, high, strict=True)):
+            mine = at(scratch.query(block), (self.channel << 4) + (self.head << 2))
+            for i, (a, b) in enumerate(zip(of_low, of_high, strict=True)):
+                place = i // 2 * 64 + i % 2 * 16  # every other pair of channels is this lane's
+                lanes.store(at(mine, place), [a])
+                lanes.store(at(mine, place + self.half * 16), [b])
+
+
+class _KeyMap:
+    """k' = R(i)(s Q + z) for the elements of this lane's quarter of a key: packed pairs, constant."""
+
+    def __init__(self, p: Problem, place: skeleton.Place, rotations: Pointer, scale: Pointer, zero: Pointer, head: Reg):
+        half = p.dim // 2
+        channel = place.j * (p.dim // 8)
+        turned = at(rotations, place.own * (half * 8), channel << 3)
+        of_head = lanes.wide_product(head, p.dim * 4)
+        scale, zero = (at(x, of_head, channel << 2) for x in (scale, zero))
+        self.words = []
+        for i in range(p.dim // 16):
+            cos0, sin0, cos1, sin1 = (x.as_float() for x in lanes.load(at(turned, 16 * i), 4))
+            s, s_far, z, z_far = (
+                [word.as_float() for word in lanes.load(at(array, far * half * 4 + 8 * i), 2)]
+                for array in (scale, zero)
+                for far in (0, 1)
+            )
+            cos, sin = (cos0, cos1), (sin0, sin1)
+            pairs = [
+                [s[e] * cos[e] for e in (0, 1)],
+                [f32(0.0) - s_far[e] * sin[e] for e in (0, 1)],
+                [z[e] * cos[e] - z_far[e] * sin[e] for e in (0, 1)],
+                [s_far[e] * cos[e] for e in (0, 1)],
+                [s[e] * sin[e] for e in (0, 1)],
+                [z_far[e] * cos[e] + z[e] * sin[e] for e in (0, 1)],
+            ]
+            self.words.append([lanes.pack_pair(first, second, p.key.operand) for first, second in pairs])
+        self.operand = p.key.operand
+
+    def __call__(self, key: list[Reg]) -> list[Reg]:
+        half = len(key) // 2
+        low, high = [], []
+        for a, b, (a_cos, b_sin, zero, b_cos, a_sin, far_zero) in zip(key[:half], key[half:], self.words, strict=True):
+            low.append(
+                lanes.multiply_add_pair(a, a_cos, lanes.multiply_add_pair(b, b_sin, zero, self.operand), self.operand)
+            )
+            high.append(
+                lanes.multiply_add_pair(
+                    b, b_cos, lanes.multiply_add_pair(a, a_sin, far_zero, self.operand), self.operand
+                )
+            )
+        return low + high
+
+
+class _Outliers:
+    """A tile's slots of keys or values, some a lane."""
+
+    def __init__(self, p: Problem, pointer: Pointer, slots: int, row: Reg, lane: Reg):
+        self.p, self.slots = p, slots
+        self.rounds = -(-slots // 32)
+        # A lane's slots follow one another, so that what lanes do together seldom meets in one token.
+        self.first = lane * self.rounds
+        self.row = at(pointer, lanes.wide_product(row, p.tokens // TILE * slots * 4))
+
+    def load(self, tile: Reg) -> list[Reg]:
+        """Words of a tile; 0 past the last slot."""
+        of_tile = at(self.row, lanes.wide_product(tile, self.slots * 4))
+        out = []
+        for i in range(self.rounds):
+            slot = self.first + i
+            word = lanes.load_stream(at(of_tile, slot.minimum(self.slots - 1) << 2), 0, 1)[0]
+            out.append((slot < self.slots).where(word, u32(0)))
+        return out
+
+    def parts(self, word: Reg) -> tuple[Reg, Reg, Reg]:
+        """Token of the tile, channel, difference."""
+        return (word & 0xFFFF) // self.p.dim, word & (self.p.dim - 1), lanes.widen(word, "f16")[1]
+
+
+def _walk(p: Problem, row: Row) -> list:
+    """One warp's tiles of a row -> for every four heads: maximum, sum, outputs."""
+    settings: Settings = p.settings
+    sparse = bool(settings.key_slots or settings.value_slots)
+    place = skeleton.Place()
+    lane, r, j, own = place.lane, place.r, place.j, place.own
+    key_codes, _, in_tile, fine, coarse, steps, scale, zero, key_pool = row.key
+    value_codes, _, of_tokens, value_pool = row.value
+    keys, values = p.key.reader(row.shared, j, 4, lane), p.value.reader(row.shared, r, 8, lane)
+    key_row = at(key_codes, lanes.wide_product(row.row, p.tokens * p.key.pitch))
+    key_row = at(key_row, own * p.key.pitch + keys.word_offset)
+    value_row = at(value_codes, lanes.wide_product(row.row, p.tokens * p.value.pitch))
+    value_row = at(value_row, j * p.value.pitch + values.word_offset)
+    factor_row = at(of_tokens, lanes.wide_product(row.batch, p.tokens * 4), own << 2)
+    scratch = _Scratch(p, row.scratch, place.warp)
+    key_outliers = _Outliers(p, key_pool, settings.key_slots, row.row, lane) if settings.key_slots else None
+    value_outliers = _Outliers(p, value_pool, settings.value_slots, row.row, lane) if settings.value_slots else None
+    groups = range(_GROUPS)
+
+    def within(tile: Reg) -> Reg:
+        return tile.minimum(row.high.maximum(1) - 1)
+
+    def read_keys(tile: Reg) -> tuple:
+        tile = within(tile)
+        start = at(key_row, tile * (TILE * p.key.pitch))
+        words = [keys.load(start, g * BLOCK * p.key.pitch) for g in groups]
+        return words, key_outliers.load(tile) if key_outliers else []
+
+    def read_values(tile: Reg) -> tuple:
+        start = at(value_row, tile * (TILE * p.value.pitch))
+        words = [[values.load(start, (g * BLOCK + t) * p.value.pitch) for t in (0, 4)] for g in groups]
+        factors = [lanes.load_stream(at(factor_row, tile * (TILE * 4)), g * BLOCK * 4, 1)[0] for g in groups]
+        return words, factors, value_outliers.load(tile) if value_outliers else []
+
+    first = row.low + place.warp
+    key_words = read_keys(first)  # on their way while shared memory is filled
+    queries = _Queries(p, row.queries(), place)
+    state = row.before(skeleton.empty(p))
+    row.fill()
+    key_map = _KeyMap(p, place, in_tile, scale, zero, row.head)
+    low, high = queries.low, queries.high
+    start = within(first)
+    for table, index in ((fine, start % _COARSE), (coarse, start // _COARSE)):
+        low, high = queries.turn(low, high, queries.factors(at(table, index * (p.dim * 4))))
+    step = queries.factors(steps)
+    selectors = skeleton.selectors_of(r)
+    # Sums of zero points, as one more part of the outputs.
+    state = [(m, total, [*parts, [f32(0.0)]]) for m, total, parts in state]
+    if value_outliers:
+        for block in range(p.head_blocks):
+            _clear(scratch.output(block), p.dim * HEADS, lane)
+
+    def visit(tile: Reg, carry):
+        state, (low, high), (key_words, key_slots) = carry
+        value_words, factors, value_slots = read_values(tile)
+        if sparse:
+            lanes.sync_warp()
+        if key_outliers:
+            queries.keep(low, high, scratch)
+            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), lane)
+        scores = []
+        for g, words in enumerate(key_words):
+            of_group = skeleton.products(key_map(keys.pairs(words)), queries.operands(low, high), p.key.operand)
+            if key_outliers:
+                of_group = [
+                    score + lanes.load(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), 1)[0].as_float()
+                    for block, score in enumerate(of_group)
+                ]
+            scores.append(of_group)
+            if g < _GROUPS - 1:
+                low, high = queries.turn(low, high, step)
+        following = read_keys(tile + p.warps)
+        low, high = queries.turn(low, high, queries.factors(at(steps, p.dim * 4)))
+        begin = tile * TILE
+        scores = lanes.when(row.length < begin + TILE, scores, functools.partial(mask, begin))
+        maxima = [m for m, _, _ in state]
+        state = skeleton.make_room(p, scores, state)
+        if value_outliers:
+            _shrink(p, maxima, [m for m, _, _ in state], scratch, lane)
+        for g in groups:
+            near, far = map(values.pairs, value_words[g])
+            factor, zero_point = lanes.widen(factors[g], "f16")
+            out = []
+            for block, (score, (m, total, parts)) in enumerate(zip(scores[g], state, strict=True)):
+                weight = skeleton.weigh(p, score, m)
+                if value_outliers:
+                    lanes.store(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), [weight])
+                dense = skeleton.add_values(parts[:-1], p.value.operand, near, far, weight * factor, selectors)
+                zeros = [lanes.multiply_add(weight, zero_point, parts[-1][0])]
+                out.append((m, total + weight, [*dense, zeros]))
+            state = out
+        if value_outliers:
+            _add_values(p, value_outliers, value_slots, scratch)
+        return state, (low, high), following
+
+    def mask(begin: Reg, scores: list) -> list:
+        """Without the tokens past the length."""
+        out = []
+        for g, of_group in enumerate(scores):
+            counts = begin + own + g * BLOCK < row.length
+            out.append([counts.where(s, f32(split_k.EMPTY)) for s in of_group])
+        return out
+
+    state = lanes.loop(first, row.high, p.warps, (state, (low, high), key_words), visit)[0]
+    if sparse:
+        lanes.sync_warp()
+    out = []
+    for block, (m, total, parts) in enumerate(state):
+        (zeros,) = parts.pop()
+        for distance in (4, 8, 16):
+            zeros = zeros + lanes.exchange(zeros, distance)
+        if value_outliers:
+            mine = at(scratch.output(block), r * (p.dim // 8 * 16) + (j << 2))
+            of_outliers = [lanes.load(at(mine, 16 * i), 1)[0].as_float() for i in range(p.dim // 8)]
+        else:
+            of_outliers = [f32(0.0)] * (p.dim // 8)
+        added = [zeros + x for x in of_outliers]
+        out.append(
+            (m, total, [[x + y for x, y in zip(part, added[4 * i :], strict=False)] for i, part in enumerate(parts)])
+        )
+    return out
+
+
+def _clear(pointer: Pointer, count: int, lane: Reg) -> None:
+    """Zeros, by a warp."""
+    for i in range(count // 128):
+        lanes.store(at(pointer, (lane << 4) + i * 512), [f32(0.0)] * 4)
+
+
+def _add_keys(
+    p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch, rotations: Pointer, lane: Reg
+) -> None:
+    """What a tile's outliers add to its scores, into `scratch.tokens`."""
+    half = p.dim // 2
+    for block in range(p.head_blocks):
+        _clear(scratch.tokens(block), TILE * HEADS, lane)
+    lanes.sync_warp()
+    for word in slots:
+        with lanes.do_when(word.differs(0)):
+            token, channel, difference = outliers.parts(word)
+            pair = channel & (half - 1)
+            far = u32(half - 1) < channel
+            cos, sin = (x.as_float() for x in lanes.load(at(rotations, (token * half + pair) << 3), 2))
+            of_low = far.where(f32(0.0) - sin, cos) * difference
+            of_high = far.where(cos, sin) * difference
+            for block in range(p.head_blocks):
+                query = at(scratch.query(block), pair << 4)
+                lows, highs = (lanes.load(at(query, place), 4) for place in (0, half * 16))
+                for h in range(min(HEADS, p.group - HEADS * block)):
+                    added = lanes.multiply_add(lows[h].as_float(), of_low, highs[h].as_float() * of_high)
+                    lanes.add_shared(at(scratch.tokens(block), (token << 4) + h * 4), added)
+    lanes.sync_warp()
+
+
+def _add_values(p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch) -> None:
+    """What a tile's outliers add to the outputs, by the weights in `scratch.tokens`."""
+    lanes.sync_warp()
+    for word in slots:
+        with lanes.do_when(word.differs(0)):
+            token, channel, difference = outliers.parts(word)
+            for block in range(p.head_blocks):
+                weights = lanes.load(at(scratch.tokens(block), token << 4), 4)
+                for h in range(min(HEADS, p.group - HEADS * block)):
+                    at_head = at(scratch.output(block), (channel << 4) + h * 4)
+                    lanes.add_shared(at_head, weights[h].as_float() * difference)
+
+
+def _shrink(p: Problem, before: list[Reg], after: list[Reg], scratch: _Scratch, lane: Reg) -> None:
+    """The outputs of outliers follow where the running maximum has moved; a lane's numbers are of its own head."""
+    moved = lanes.reduce(Reg.__or__, [a.differs(b) for a, b in zip(before, after, strict=True)])
+    with lanes.do_when(lanes.any_lane(moved)):
+        for block, (a, b) in enumerate(zip(before, after, strict=True)):
+            factor = lanes.exp2(a - b)
+            for i in range(p.dim * HEADS // 32):
+                mine = at(scratch.output(block), (lane << 2) + i * 128)
+                lanes.store(mine, [lanes.load(mine, 1)[0].as_float() * factor])
