@@ -69,6 +69,7 @@ def measure(row: dict[str, Any]) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
+    parser.add_argument("--rows", type=int, nargs="*", help="which rows, by number; the others stay")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
@@ -76,16 +77,17 @@ def main() -> None:
         return
     import results
 
-    rows = []
-    for row in ROWS:
+    path = args.output or results.ROOT / results.device_name() / "memory.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
+    for row in [ROWS[i] for i in args.rows] if args.rows is not None else ROWS:
         command = [sys.executable, __file__, "--row", json.dumps(row)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            rows.append(row | {"error": done.stderr.strip().splitlines()[-1][:300]})
-        else:
-            rows.append(json.loads(done.stdout.splitlines()[-1]))
+            raise SystemExit(f"{row}: {done.stderr.strip().splitlines()[-1][:300]}")
+        rows = [old for old in rows if any(old[name] != row[name] for name in row)]
+        rows.append(json.loads(done.stdout.splitlines()[-1]))
         print(rows[-1], flush=True)
-        results.write("memory", {"rows": rows}, args.output)
+        results.write("memory", {"rows": rows}, path)
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
     python benchmarks/prefill.py [--output FILE] [--rows 0 1 ...]
 
-A row runs in a process of its own, so that the device's peak is that row's. `ms` is the median of several runs of the
-compiled prefill into an empty cache, the last token's logits included; `peak_bytes` is the compiler's account of it.
+A row runs in a process of its own, so that the device's peak is that row's; rows that are not run now stay. `ms` is
+the median of several runs of the compiled prefill into an empty cache, the last token's logits included; `peak_bytes`
+is the compiler's account of it.
 """
 
 import argparse
@@ -77,14 +78,16 @@ def main() -> None:
         return
     import results
 
-    rows = []
+    path = args.output or results.ROOT / results.device_name() / "prefill-llama-3.1-8b.json"
+    rows = json.loads(path.read_text())["rows"] if path.exists() else []
     for index in args.rows if args.rows is not None else range(len(ROWS)):
         done = subprocess.run([sys.executable, __file__, "--row", str(index)], capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{ROWS[index]}: {done.stderr.strip().splitlines()[-1]}")
-        rows.append(json.loads(done.stdout.splitlines()[-1]))
-        print(rows[-1], flush=True)
-        results.write("prefill-llama-3.1-8b", {"rows": rows}, args.output)
+        row = json.loads(done.stdout.splitlines()[-1])
+        print(row, flush=True)
+        rows = [old for old in rows if (old["name"], old["lengths"]) != (row["name"], row["lengths"])] + [row]
+        results.write("prefill-llama-3.1-8b", {"rows": rows}, path)
 
 
 if __name__ == "__main__":

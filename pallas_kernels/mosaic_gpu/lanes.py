@@ -126,6 +126,10 @@ class Reg:
         """The same bits."""
         return Reg(arith.bitcast(_f32(), self.value))
 
+    def as_bits(self) -> Reg:
+        """The same bits."""
+        return Reg(arith.bitcast(_i32(), self.value))
+
 
 def u32(x: int) -> Reg:
     return Reg(arith.constant(_i32(), x))
@@ -240,6 +244,21 @@ def mma(c: Sequence[Reg], a: Sequence[Reg], b: Sequence[Reg], kind: str) -> list
     return asm(ptx, "r,r,r,r,r,r,f,f,f,f", "ffff", *a, *b, *c)
 
 
+def to_integer(x: Reg) -> Reg:
+    """A float32 rounded to a signed integer."""
+    return asm("cvt.rni.s32.f32 $0, $1;", "f", "r", x)
+
+
+def from_integer(x: Reg) -> Reg:
+    """A signed integer as float32."""
+    return asm("cvt.rn.f32.s32 $0, $1;", "r", "f", x)
+
+
+def largest(x: Reg) -> Reg:
+    """The largest of the warp's lanes."""
+    return asm(f"redux.sync.max.u32 $0, $1, {_EVERY_LANE};", "r", "r", x, volatile=True)
+
+
 def exchange(x: Reg, distance: int) -> Reg:
     """The value of lane l ^ distance."""
     return Reg(utils.shfl_bfly(x.value, distance))
@@ -311,8 +330,8 @@ def store(pointer: Pointer, words: Sequence[Reg]) -> None:
 
 
 def add_shared(pointer: Pointer, value: Reg) -> None:
-    """Adds a float32 to one in shared memory, at once for all lanes of a warp that do."""
-    asm("red.shared.add.f32 [$0], $1;", "r,f", "", Reg(llvm.ptrtoint(_i32(), pointer)), value, volatile=True)
+    """Adds an integer to one in shared memory, whatever other lanes add to it. (Of float32 it would be a slow loop.)"""
+    asm("red.shared.add.u32 [$0], $1;", "r,r", "", Reg(llvm.ptrtoint(_i32(), pointer)), value, volatile=True)
 
 
 def sync_warp() -> None:

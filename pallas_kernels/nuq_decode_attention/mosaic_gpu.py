@@ -10,12 +10,14 @@ the next by the constant rotation R(-8), in float32, from a start that comes fro
 
 *A value's* scale goes into its weight, and its zero point is one number a token that is summed beside the outputs.
 
-*Outliers*, tile by tile of 64 tokens, a slot a lane: to the keys' scores, and after the values' dense part to outputs
-that each warp keeps in shared memory, channel by channel.
+*Outliers*, tile by tile of 64 tokens, a slot a lane: what they add to scores and to outputs is summed in shared memory,
+where lanes meet, by integers: atomic additions of float32 are a loop there, and their order is not given. A unit fits
+what a tile can add at most, so that a sum is exact to some 2^-22 of the largest part.
 """
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -231,8 +233,8 @@ def _rotations(frequencies: tuple[float, ...], tiles: int, first: int, warps: in
 
 
 class _Scratch:
-    """A warp's shared memory, for every four heads: the query of a tile's start [D, 4], what outliers add to scores,
-    then the weights [64, 4], what outliers add to outputs [D, 4]; float32."""
+    """A warp's shared memory, for every four heads: the query of a tile's start [D, 4], float32; what outliers add to
+    scores, integers, then the weights, float32 [64, 4]; what they add to outputs, integers [D, 4]."""
 
     def __init__(self, p: Problem, scratch: Pointer, warp: Reg):
         self.mine = at(scratch, warp * self.size(p.dim, p.group, p.settings))
@@ -379,6 +381,17 @@ class _Outliers:
         """Token of the tile, channel, difference."""
         return (word & 0xFFFF) // self.p.dim, word & (self.p.dim - 1), lanes.widen(word, "f16")[1]
 
+    def largest(self, words: list[Reg]) -> Reg:
+        """The largest difference's size, in all lanes."""
+        sizes = [(word >> 16) & 0x7FFF for word in words]
+        return lanes.widen(lanes.largest(lanes.reduce(Reg.maximum, sizes)), "f16")[0]
+
+
+def _unit(largest: Reg, most: int) -> tuple[Reg, Reg]:
+    """How many units a part is multiplied with, and one unit, so that `most` parts of that size fit 31 bits."""
+    largest = largest.maximum(2.0**-40)
+    return f32(2.0**30 / most) / largest, largest * (most / 2.0**30)
+
 
 def _walk(p: Problem, row: Row) -> list:
     """One warp's tiles of a row -> for every four heads: maximum, sum, outputs."""
@@ -427,10 +440,16 @@ def _walk(p: Problem, row: Row) -> list:
     step = queries.factors(steps)
     selectors = skeleton.selectors_of(r)
     # Sums of zero points, as one more part of the outputs.
-    state = [(m, total, [*parts, [f32(0.0)]]) for m, total, parts in state]
+    # and those of outliers, of channels r, r + 8, ... and head j of each four.
+    sparse_part = [[f32(0.0)] * (p.dim // 8)] if value_outliers else []
+    state = [(m, total, [*parts, *sparse_part, [f32(0.0)]]) for m, total, parts in state]
+    dense = p.dim // 32
     if value_outliers:
         for block in range(p.head_blocks):
             _clear(scratch.output(block), p.dim * HEADS, lane)
+    # No turn makes an element larger than both of a pair together.
+    largest_query = lanes.reduce(Reg.maximum, [_size(x) for of_head in low + high for x in of_head])
+    largest_query = lanes.largest(largest_query.as_bits()).as_float() * 2.0
 
     def visit(tile: Reg, carry):
         state, (low, high), (key_words, key_slots) = carry
@@ -439,14 +458,20 @@ def _walk(p: Problem, row: Row) -> list:
             lanes.sync_warp()
         if key_outliers:
             queries.keep(low, high, scratch)
-            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), lane)
+            # Each of a token's channels at most, by two elements of a query.
+            units, unit = _unit(key_outliers.largest(key_slots) * largest_query, 2 * p.dim)
+            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), lane, units)
         scores = []
         for g, words in enumerate(key_words):
             of_group = skeleton.products(key_map(keys.pairs(words)), queries.operands(low, high), p.key.operand)
             if key_outliers:
+                added = [
+                    lanes.load(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), 1)[0]
+                    for block in range(p.head_blocks)
+                ]
                 of_group = [
-                    score + lanes.load(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), 1)[0].as_float()
-                    for block, score in enumerate(of_group)
+                    lanes.multiply_add(lanes.from_integer(x), unit, score)
+                    for x, score in zip(added, of_group, strict=True)
                 ]
             scores.append(of_group)
             if g < _GROUPS - 1:
@@ -455,10 +480,8 @@ def _walk(p: Problem, row: Row) -> list:
         low, high = queries.turn(low, high, queries.factors(at(steps, p.dim * 4)))
         begin = tile * TILE
         scores = lanes.when(row.length < begin + TILE, scores, functools.partial(mask, begin))
-        maxima = [m for m, _, _ in state]
         state = skeleton.make_room(p, scores, state)
-        if value_outliers:
-            _shrink(p, maxima, [m for m, _, _ in state], scratch, lane)
+        largest_weight = f32(0.0)
         for g in groups:
             near, far = map(values.pairs, value_words[g])
             factor, zero_point = lanes.widen(factors[g], "f16")
@@ -467,12 +490,16 @@ def _walk(p: Problem, row: Row) -> list:
                 weight = skeleton.weigh(p, score, m)
                 if value_outliers:
                     lanes.store(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), [weight])
-                dense = skeleton.add_values(parts[:-1], p.value.operand, near, far, weight * factor, selectors)
+                    largest_weight = largest_weight.maximum(weight)
+                scaled = skeleton.add_values(parts[:dense], p.value.operand, near, far, weight * factor, selectors)
                 zeros = [lanes.multiply_add(weight, zero_point, parts[-1][0])]
-                out.append((m, total + weight, [*dense, zeros]))
+                out.append((m, total + weight, [*scaled, *parts[dense:-1], zeros]))
             state = out
         if value_outliers:
-            _add_values(p, value_outliers, value_slots, scratch)
+            largest_weight = lanes.largest(largest_weight.as_bits()).as_float()
+            units, unit = _unit(value_outliers.largest(value_slots) * largest_weight, TILE)
+            _add_values(p, value_outliers, value_slots, scratch, units)
+            state = _take_sums(p, scratch, state, unit, place)
         return state, (low, high), following
 
     def mask(begin: Reg, scores: list) -> list:
@@ -484,35 +511,46 @@ def _walk(p: Problem, row: Row) -> list:
         return out
 
     state = lanes.loop(first, row.high, p.warps, (state, (low, high), key_words), visit)[0]
-    if sparse:
-        lanes.sync_warp()
     out = []
     for block, (m, total, parts) in enumerate(state):
         (zeros,) = parts.pop()
         for distance in (4, 8, 16):
             zeros = zeros + lanes.exchange(zeros, distance)
+        added = [zeros] * (p.dim // 8)
         if value_outliers:
-            mine = at(scratch.output(block), r * (p.dim // 8 * 16) + (j << 2))
-            of_outliers = [lanes.load(at(mine, 16 * i), 1)[0].as_float() for i in range(p.dim // 8)]
-        else:
-            of_outliers = [f32(0.0)] * (p.dim // 8)
-        added = [zeros + x for x in of_outliers]
-        out.append(
-            (m, total, [[x + y for x, y in zip(part, added[4 * i :], strict=False)] for i, part in enumerate(parts)])
-        )
+            (of_outliers,) = parts[dense:]
+            sums = scratch.output(block)
+            for i, x in enumerate(of_outliers):
+                lanes.store(at(sums, (lane << 2) + i * 128), [x])
+            lanes.sync_warp()
+            mine = at(sums, r * (p.dim // 8 * 16) + (j << 2))
+            added = [zeros + lanes.load(at(mine, 16 * i), 1)[0].as_float() for i in range(p.dim // 8)]
+            lanes.sync_warp()
+        pairs = zip(parts[:dense], itertools.batched(added, 4), strict=True)
+        out.append((m, total, [[x + y for x, y in zip(part, more, strict=True)] for part, more in pairs]))
     return out
+
+
+def _size(x: Reg) -> Reg:
+    return x.maximum(f32(0.0) - x)
 
 
 def _clear(pointer: Pointer, count: int, lane: Reg) -> None:
     """Zeros, by a warp."""
     for i in range(count // 128):
-        lanes.store(at(pointer, (lane << 4) + i * 512), [f32(0.0)] * 4)
+        lanes.store(at(pointer, (lane << 4) + i * 512), [u32(0)] * 4)
 
 
 def _add_keys(
-    p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch, rotations: Pointer, lane: Reg
+    p: Problem,
+    outliers: _Outliers,
+    slots: list[Reg],
+    scratch: _Scratch,
+    rotations: Pointer,
+    lane: Reg,
+    units: Reg,
 ) -> None:
-    """What a tile's outliers add to its scores, into `scratch.tokens`."""
+    """What a tile's outliers add to its scores, in units, into `scratch.tokens`."""
     half = p.dim // 2
     for block in range(p.head_blocks):
         _clear(scratch.tokens(block), TILE * HEADS, lane)
@@ -520,6 +558,7 @@ def _add_keys(
     for word in slots:
         with lanes.do_when(word.differs(0)):
             token, channel, difference = outliers.parts(word)
+            difference = difference * units
             pair = channel & (half - 1)
             far = u32(half - 1) < channel
             cos, sin = (x.as_float() for x in lanes.load(at(rotations, (token * half + pair) << 3), 2))
@@ -530,29 +569,34 @@ def _add_keys(
                 lows, highs = (lanes.load(at(query, place), 4) for place in (0, half * 16))
                 for h in range(min(HEADS, p.group - HEADS * block)):
                     added = lanes.multiply_add(lows[h].as_float(), of_low, highs[h].as_float() * of_high)
-                    lanes.add_shared(at(scratch.tokens(block), (token << 4) + h * 4), added)
+                    lanes.add_shared(at(scratch.tokens(block), (token << 4) + h * 4), lanes.to_integer(added))
     lanes.sync_warp()
 
 
-def _add_values(p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch) -> None:
-    """What a tile's outliers add to the outputs, by the weights in `scratch.tokens`."""
+def _add_values(p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch, units: Reg) -> None:
+    """What a tile's outliers add to outputs by the weights in `scratch.tokens`, in units, into `scratch.output`."""
     lanes.sync_warp()
     for word in slots:
         with lanes.do_when(word.differs(0)):
             token, channel, difference = outliers.parts(word)
+            difference = difference * units
             for block in range(p.head_blocks):
                 weights = lanes.load(at(scratch.tokens(block), token << 4), 4)
                 for h in range(min(HEADS, p.group - HEADS * block)):
-                    at_head = at(scratch.output(block), (channel << 4) + h * 4)
-                    lanes.add_shared(at_head, weights[h].as_float() * difference)
+                    added = lanes.to_integer(weights[h].as_float() * difference)
+                    lanes.add_shared(at(scratch.output(block), (channel << 4) + h * 4), added)
+    lanes.sync_warp()
 
 
-def _shrink(p: Problem, before: list[Reg], after: list[Reg], scratch: _Scratch, lane: Reg) -> None:
-    """The outputs of outliers follow where the running maximum has moved; a lane's numbers are of its own head."""
-    moved = lanes.reduce(Reg.__or__, [a.differs(b) for a, b in zip(before, after, strict=True)])
-    with lanes.do_when(lanes.any_lane(moved)):
-        for block, (a, b) in enumerate(zip(before, after, strict=True)):
-            factor = lanes.exp2(a - b)
-            for i in range(p.dim * HEADS // 32):
-                mine = at(scratch.output(block), (lane << 2) + i * 128)
-                lanes.store(mine, [lanes.load(mine, 1)[0].as_float() * factor])
+def _take_sums(p: Problem, scratch: _Scratch, state: list, unit: Reg, place: skeleton.Place) -> list:
+    """The state with the sums of `scratch.output`, which are 0 again: lane (r, j) takes channels r + 8 i of head j."""
+    out = []
+    for block, (m, total, parts) in enumerate(state):
+        *dense, of_outliers, zeros = parts
+        sums = at(scratch.output(block), place.lane << 2)
+        taken = []
+        for i, x in enumerate(of_outliers):
+            taken.append(lanes.multiply_add(lanes.from_integer(lanes.load(at(sums, i * 128), 1)[0]), unit, x))
+            lanes.store(at(sums, i * 128), [u32(0)])
+        out.append((m, total, [*dense, taken, zeros]))
+    return out

@@ -141,6 +141,9 @@ class Reg(lanes.Reg):  # annotations stay true
     def as_float(self):
         return Reg(self.value.view(np.float32))
 
+    def as_bits(self):
+        return Reg(self.value.view(np.uint32))
+
 
 def u32(x):
     return Reg(np.full(LANES, x, np.uint32))
@@ -250,6 +253,20 @@ def mma(c, a, b, kind):
     return [Reg(old.value + new) for old, new in zip(c, (*top.T, *bottom.T), strict=True)]
 
 
+def to_integer(x):
+    assert (abs(x.value[_local.active]) < 2.0**31).all(), "an integer that does not fit"
+    return Reg(np.rint(np.where(_local.active, x.value, 0)).astype(np.int32).view(np.uint32))
+
+
+def from_integer(x):
+    return Reg(x.value.view(np.int32).astype(np.float32))
+
+
+def largest(x):
+    _whole_warp()
+    return Reg(np.full(LANES, x.value.max()))
+
+
 def exchange(x, distance):
     _whole_warp()
     return Reg(x.value[np.arange(LANES) ^ distance])
@@ -317,8 +334,9 @@ def store(pointer, words):
 def add_shared(pointer, value):
     places = _places(pointer, 1)
     for place, number in zip(places, value.value[_local.active], strict=True):
-        held = pointer.memory.load(place[None]).view(np.float32)
-        pointer.memory.store(place[None], (held + number).astype(np.float32).view(np.uint8))
+        held = pointer.memory.load(place[None]).view(np.uint32)
+        with np.errstate(over="ignore"):
+            pointer.memory.store(place[None], (held + number).view(np.uint8))
 
 
 def sync_warp():
