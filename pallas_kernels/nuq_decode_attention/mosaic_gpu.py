@@ -129,10 +129,11 @@ def nuq_decode_attention(
     lengths: Int32[Array, "B"],
     *,
     scale: float,
+    inverse_frequencies: tuple[float, ...] | None = None,
     first_position: int = 0,
-    frequencies: tuple[float, ...] | None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
+    num_splits: int | None = None,
     out_dtype: Any = jnp.float32,
     interpret: bool = False,
     config: Config | None = None,
@@ -160,7 +161,7 @@ def nuq_decode_attention(
         value_scale_zero = jnp.zeros((batch, TILE, 2), jnp.float16)
         key_outliers = value_outliers = None
         tokens, lengths = TILE, jnp.zeros_like(lengths)
-    config = config or choose_config(batch * kv_heads, tokens)
+    config = config or choose_config(batch * kv_heads, tokens, num_splits)
 
     # Keys are multiplied in float16, whose range holds their scale and whose ten bits their rotations; weights of
     # values, far apart, in bfloat16.
@@ -173,7 +174,7 @@ def nuq_decode_attention(
     keys = Keys(key_table, settings.rotations)
     tables = map(
         jnp.asarray,
-        _rotations(frequencies or (0.0,) * (dim // 2), tokens // TILE, first_position, config.warpgroups * 4),
+        _rotations(inverse_frequencies or (0.0,) * (dim // 2), tokens // TILE, first_position, config.warpgroups * 4),
     )
     nothing = jnp.zeros((1,), jnp.uint32)
     books = [
@@ -202,9 +203,10 @@ def nuq_decode_attention(
     )
 
 
-def choose_config(rows: int, tokens: int) -> Config:
+def choose_config(rows: int, tokens: int, num_splits: int | None) -> Config:
     """Every multiprocessor takes its share of the tiles."""
-    return Config(_GROUPS, _WARPGROUPS, max(1, min(dispatch.multiprocessors(), rows * -(-tokens // TILE))))
+    blocks = rows * num_splits if num_splits else dispatch.multiprocessors()
+    return Config(_GROUPS, _WARPGROUPS, max(1, min(blocks, rows * -(-tokens // TILE))))
 
 
 def combinations(codebook: Float[Array, "K"], count: int) -> Float[Array, "1 Kn n"]:
