@@ -4,9 +4,10 @@ Every operation has a reference in plain `jax.numpy` (implementation "xla"), whi
 anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the best one for the default device.
 """
 
-from pallas_kernels import packing, split_k
+from pallas_kernels import nuq, packing, split_k
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.hadamard import hadamard
+from pallas_kernels.nuq_decode_attention import nuq_decode_attention
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.vq_append import vq_append
 from pallas_kernels.vq_decode_attention import ExactTokens, vq_decode_attention
@@ -16,6 +17,8 @@ __all__ = [
     "ExactTokens",
     "decode_attention",
     "hadamard",
+    "nuq",
+    "nuq_decode_attention",
     "packing",
     "rms_norm",
     "split_k",

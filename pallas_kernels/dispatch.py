@@ -21,6 +21,9 @@ TABLE = {
         "triton": "pallas_kernels.hadamard.triton",
         "xla": "pallas_kernels.hadamard.reference",
     },
+    "nuq_decode_attention": {
+        "xla": "pallas_kernels.nuq_decode_attention.reference",
+    },
     "rms_norm": {
         "mosaic_gpu": "pallas_kernels.rms_norm.mosaic_gpu",
         "xla": "pallas_kernels.rms_norm.reference",

@@ -57,7 +57,7 @@ def vq_decode_attention(
             valid = (position >= i * chunk) & (position < lengths[:, None])
             keys = dequantise(_rows(key_codes, start, chunk), key_codebook, dim, q.dtype)
             values = dequantise(_rows(value_codes, start, chunk), value_codebook, dim, q.dtype)
-            part = _attend(queries, keys, values, valid[:, None, None], precision)
+            part = attend(queries, keys, values, valid[:, None, None], precision)
             outputs, lses = zip(carry, part, strict=True)
             return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
 
@@ -84,7 +84,7 @@ def dequantise(
     return table.at[index].get(mode="promise_in_bounds").reshape(batch, heads, chunk, dim)
 
 
-def _attend(queries, keys, values, valid, precision) -> tuple[Array, Array]:
+def attend(queries, keys, values, valid, precision) -> tuple[Array, Array]:
     """Attention of [B, H, G, D] scaled queries over one chunk; `valid` broadcasts to [B, H, G, C]."""
     scores = jnp.einsum("bhgd,bhcd->bhgc", queries, keys, precision=precision)
     scores = jnp.where(valid, scores, split_k.EMPTY)

@@ -5,13 +5,14 @@ from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape, MeshAxes, a
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.caches.hadamard_int import HadamardInt
 from vecinfer_jax.caches.kivi import KIVI
+from vecinfer_jax.caches.kvquant import KVQuant
 from vecinfer_jax.caches.per_layer import PerLayer
 from vecinfer_jax.caches.plain_vq import PlainVQ
 from vecinfer_jax.caches.vecinfer import VecInfer
 
 # Names on the command line.
 METHODS: dict[str, type[CacheMethod]] = {
-    method.name: method for method in (FullPrecision, VecInfer, KIVI, PlainVQ, HadamardInt)
+    method.name: method for method in (FullPrecision, VecInfer, KVQuant, KIVI, PlainVQ, HadamardInt)
 }
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "Chunk",
     "FullPrecision",
     "HadamardInt",
+    "KVQuant",
     "LayerShape",
     "MeshAxes",
     "PerLayer",

@@ -97,6 +97,11 @@ class CacheMethod(abc.ABC):
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
 
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether `calibrate_layer` wants the loss's gradients among the statistics."""
+        return False
+
     @abc.abstractmethod
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> LayerCache:
         """An empty cache of one layer for `capacity` tokens a sequence. Called under `jit`."""

@@ -15,6 +15,7 @@ from tqdm import tqdm
 from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, versions
+from vecinfer_jax.calibration.fisher import GradientSampler
 from vecinfer_jax.calibration.statistics import LayerStatistics, Statistics
 from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
@@ -75,6 +76,7 @@ def calibrate(
         batch=batch,
         seed=seed,
         progress=progress,
+        gradients=method.needs_gradients,
     )
     return fit(lm, method, activations, progress=progress)
 
@@ -89,8 +91,13 @@ def collect(
     batch: int = 4,
     seed: int = 0,
     progress: bool = True,
+    gradients: bool = False,
 ) -> Activations:
-    """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does."""
+    """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does.
+
+    `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes four times as long;
+    all else is the same with and without.
+    """
     if passages < 1 or batch < 1 or samples < 1:
         raise InputError(f"passages={passages}, samples={samples} and batch={batch} must be 1 or more")
     if not 2 <= passage_length <= lm.config.max_position:
@@ -119,6 +126,7 @@ def collect(
         batch=batch,
         seed=seed,
         progress=progress,
+        gradients=gradients,
     )
     metadata = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},
@@ -180,37 +188,44 @@ def collect_statistics(
     batch: int,
     seed: int,
     progress: bool,
+    gradients: bool = False,
 ) -> tuple[int, list[LayerStatistics]]:
     """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer)."""
     model = Layerwise(lm, Statistics(samples, seed))
     caches = model.init(batch, 0)
+    fisher = GradientSampler(lm, samples, seed) if gradients else None
     source = itertools.islice(iter(passages_in), passages)
     done = 0
-    with tqdm(total=passages, desc="activations", disable=not progress, unit="passage") as bar:
+    name = "activations and gradients" if gradients else "activations"
+    with tqdm(total=passages, desc=name, disable=not progress, unit="passage") as bar:
         while rows := list(itertools.islice(source, batch)):
             width = max(len(row) for row in rows)
             tokens = np.zeros((batch, width), np.int32)
             lengths = np.zeros((batch,), np.int32)
             for i, row in enumerate(rows):
                 tokens[i, : len(row)], lengths[i] = row, len(row)
-            _, caches = model.prefill(caches, tokens, lengths, donate=True)
+            inputs: list[jax.Array] | None = None if fisher is None else []
+            out, caches = model.prefill(caches, tokens, lengths, donate=True, inputs=inputs)
+            if fisher is not None and inputs is not None:
+                fisher.add(tokens, lengths, inputs, out)
             done += len(rows)
             bar.update(len(rows))
     if not done:
         raise CalibrationError("the calibration text is empty: give --text a file with some text in it")
+    if fisher is not None:
+        caches = [
+            dataclasses.replace(layer, key_gradients=sample.keys, value_gradients=sample.values)
+            for layer, sample in zip(caches, fisher.layers, strict=True)
+        ]
     return done, [jax.tree.map(np.asarray, _trim(layer)) for layer in caches]
 
 
 def _trim(layer: LayerStatistics) -> LayerStatistics:
     """Drops sample slots that a short text left empty."""
     filled = np.asarray(layer.positions) >= 0
-    return dataclasses.replace(
-        layer,
-        keys=layer.keys[filled],
-        values=layer.values[filled],
-        positions=layer.positions[filled],
-        priority=layer.priority[filled],
-    )
+    sampled = ("keys", "values", "positions", "priority", "key_gradients", "value_gradients")
+    held = {name: getattr(layer, name) for name in sampled}
+    return dataclasses.replace(layer, **{name: x[filled] for name, x in held.items() if x is not None})
 
 
 def passages_of(lm: LanguageModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:

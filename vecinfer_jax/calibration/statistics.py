@@ -10,7 +10,7 @@ from typing import ClassVar
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Float32, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import hadamard
 from vecinfer_jax.caches.attention import causal_attention
@@ -31,6 +31,8 @@ class LayerStatistics:
     positions:             int32[n], where in their passage the sampled tokens stood; -1: slot not filled.
     priority:              [n], the random numbers by which the sample is kept (the n smallest of all tokens').
     draws:                 how many chunks have been drawn from: the state of the random numbers.
+    key_gradients, value_gradients: bfloat16[n, Hkv, D], gradients of the sampled tokens' passages' loss with respect
+        to their keys before RoPE and their values, where they were asked for (`vecinfer_jax.calibration.fisher`).
     """
 
     count: Int[Array, ""] = array_field("state")
@@ -43,6 +45,8 @@ class LayerStatistics:
     positions: Int[Array, "n"] = array_field("state")
     priority: Float32[Array, "n"] = array_field("state")
     draws: Int[Array, ""] = array_field("state")
+    key_gradients: Float[Array, "n Hkv D"] | None = array_field("state", default=None)
+    value_gradients: Float[Array, "n Hkv D"] | None = array_field("state", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +94,7 @@ class Statistics(CacheMethod):
         if d & (d - 1) == 0:
             rotated = jnp.maximum(rotated, jnp.max(jnp.abs(hadamard(keys)), axis=0))
 
-        draw = jax.random.fold_in(jax.random.key(self.seed), cache.draws)
-        priority = jnp.where(counts, jax.random.uniform(draw, (b * t,)), jnp.inf)
-        priority = jnp.concatenate([cache.priority, priority])
-        _, keep = jax.lax.top_k(-priority, self.samples)
+        priority, keep = draw(self.seed, cache.draws, counts, cache.priority)
 
         def sample(old: Array, new: Array) -> Array:
             return jnp.concatenate([old, new.astype(old.dtype)])[keep]
@@ -116,3 +117,13 @@ class Statistics(CacheMethod):
 
     def bits_per_element(self, layer: LayerShape) -> float:
         return 0.0
+
+
+def draw(
+    seed: int, draws: Int[Array, ""], counts: Bool[Array, "tokens"], held: Float32[Array, "n"]
+) -> tuple[Float32[Array, "both"], Int[Array, "n"]]:
+    """Priorities of the n tokens held and of a chunk's after them, and which n of these are held from now on."""
+    key = jax.random.fold_in(jax.random.key(seed), draws)
+    priority = jnp.where(counts, jax.random.uniform(key, counts.shape), jnp.inf)
+    priority = jnp.concatenate([held, priority])
+    return priority, jax.lax.top_k(-priority, held.shape[0])[1]

@@ -63,13 +63,14 @@ class Layerwise:
         start: Int[Array, "B"] | np.ndarray | None = None,
         read: ReadMode = "exact",
         donate: bool = False,
+        inputs: list[jax.Array] | None = None,
     ) -> tuple[Float[Array, "B T hidden"], list[LayerCache]]:
         """A chunk of prompt -> the last layer's output and the caches; `start`: tokens that are cached already.
 
-        Caches that went in stay valid unless `donate`.
+        Caches that went in stay valid unless `donate`. Every layer's input [B, T, hidden] is appended to `inputs`.
         """
-        first = start is None
-        return self._run(tokens, lengths, caches, start, first=first, read=read, decode=False, keep=True, donate=donate)
+        how: dict[str, Any] = {"first": start is None, "read": read, "decode": False, "keep": True, "donate": donate}
+        return self._run(tokens, lengths, caches, start, inputs=inputs, **how)
 
     def decode(
         self, caches: Sequence[LayerCache], token: Int[Array, "B"], position: Int[Array, "B"]
@@ -96,6 +97,7 @@ class Layerwise:
         decode: bool,
         keep: bool,
         donate: bool = False,
+        inputs: list[jax.Array] | None = None,
     ) -> tuple[jax.Array, list[LayerCache]]:
         lm = self.lm
         tokens = jnp.asarray(tokens, jnp.int32)
@@ -108,6 +110,8 @@ class Layerwise:
             cache = self._init(index, batch, width) if caches is None else caches[index]
             run = _layer_donating if donate else _layer
             static = (lm.config, method, jnp.dtype(lm.dtype), first, read, decode, keep)
+            if inputs is not None:
+                inputs.append(x)
             x, previous, cache = run(
                 *static, self._params[f"layers_{index}"], x, previous, cache, positions, lengths, cos, sin
             )
