@@ -28,7 +28,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
-from pallas_kernels import decode_attention, hadamard, packing, vq_decode_attention, vq_encode
+from pallas_kernels import (
+    decode_attention,
+    hadamard,
+    nuq,
+    nuq_decode_attention,
+    packing,
+    vq_decode_attention,
+    vq_encode,
+)
+from vecinfer_jax.caches.kvquant import outlier_slots
 
 HEADS, DIM = 8, 128  # KV heads and head dimension of the encode rows (Llama-3.1-8B)
 QUERY_HEADS, FEED_FORWARD = 32, 14336
@@ -59,6 +68,13 @@ DECODE = [
 BESIDE = DECODE[:1]
 # Other kernels for bfloat16 beside cuDNN's are timed with these.
 PEERS = DECODE[:3]
+
+
+def frequencies(dim: int) -> tuple[float, ...]:
+    """Inverse frequencies."""
+    return tuple(500000.0 ** -(i / dim) for i in range(0, dim, 2))
+
+
 exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -345,6 +361,72 @@ def time_peers(shape: str, q, keys, values, cudnn_us: float) -> Iterator[dict]:
         yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=cudnn_us, max_error=error)
 
 
+# batch, tokens, (query heads, KV heads, head dimension), [(bits, share of outliers)]
+SPARSE = [(4, 0.01), (3, 0.01), (2, 0.01), (4, 0.0), (3, 0.0), (2, 0.0)]
+NUQ = [
+    (16, 32768, EIGHT_B, SPARSE),
+    (1, 196608, EIGHT_B, SPARSE),
+    (4, 32768, (32, 32, 128), [(4, 0.01), (3, 0.01), (2, 0.0)]),
+    (16, 16384, (9, 3, 64), [(4, 0.01), (2, 0.0)]),
+]
+
+
+def random_pool(key, shape: tuple[int, ...], dim: int, outliers: float) -> jax.Array | None:
+    """Pools [B, H, tiles, slots] as full as a share of outliers fills them on average, in token order."""
+    if not outliers:
+        return None
+    held, slots = round(outliers * nuq.TILE * dim), outlier_slots(outliers, dim)
+    # As many places, one a stretch of the tile, so that none stands twice.
+    stretch = nuq.TILE * dim // held
+    place = jnp.arange(held) * stretch + jax.random.randint(key, (*shape, held), 0, stretch)
+    words = nuq.outlier_words(place, jax.random.normal(key, place.shape))
+    return jnp.pad(words, ((0, 0), (0, 0), (0, 0), (0, slots - held)))
+
+
+def time_nuq() -> Iterator[dict]:
+    """KVQuant's codes: keys before RoPE, by channel; values by token; outliers. The peer is cuDNN's, whose keys had
+    RoPE when they were written."""
+    bandwidth = read_bandwidth()
+    for batch, tokens, (query_heads, heads, dim), formats in NUQ:
+        k = jax.random.split(jax.random.key(0), 11)
+        group, scale = query_heads // heads, dim**-0.5
+        lengths = jnp.full((batch,), tokens, jnp.int32)
+        q = jax.random.normal(k[0], (batch, query_heads, dim), jnp.bfloat16)
+        exact_cache = [jax.random.normal(key, (batch, tokens, heads, dim), jnp.bfloat16) for key in k[1:3]]
+        peer = device_microseconds(cudnn, q, *exact_cache)
+        del exact_cache
+        options = {"scale": scale, "inverse_frequencies": frequencies(dim), "first_position": 1}
+        key_scale = jax.random.uniform(k[3], (heads, dim), minval=0.5, maxval=2.0)
+        key_zero = jax.random.normal(k[4], (heads, dim))
+        factors = jax.random.uniform(k[5], (batch, tokens)), jax.random.normal(k[6], (batch, tokens))
+        scale_zero = jnp.stack(factors, axis=-1).astype(jnp.float16)
+        for bits, outliers in formats:
+            codes = [jax.random.bits(x, (batch, heads, tokens, dim * bits // 8), jnp.uint8) for x in k[7:9]]
+            book = jnp.sort(jax.random.uniform(k[9], (2**bits,), minval=-1.0))
+            tiles = batch, heads, tokens // nuq.TILE
+            pools = [random_pool(x, tiles, dim, outliers) for x in jax.random.split(k[10])]
+            arrays = (*codes, key_scale, key_zero, book, book, scale_zero, *pools, lengths)
+            name = (
+                f"nuq_decode_attention nuq{bits} {100 * outliers:g}% bfloat16: "
+                f"B{batch} S{tokens} {query_heads}/{heads} heads D{dim}"
+            )
+
+            def call(q, *arrays, which="mosaic_gpu", options=options):
+                return nuq_decode_attention(q, *arrays, **options, implementation=which)
+
+            last = [q[-1:, -group:], *(x[-1:, -1:] for x in codes), key_scale[-1:], key_zero[-1:], book, book]
+            last += [scale_zero[-1:], *(x if x is None else x[-1:, -1:] for x in pools), lengths[-1:]]
+            want = call(last[0].astype(jnp.float32), *last[1:], which="xla")
+            got = [x[-1:, -group:] for x in jax.jit(call)(q, *arrays)]
+            error = float(jnp.linalg.norm(got[0] - want[0]) / jnp.linalg.norm(want[0]))
+            check(name, error, 3e-3)
+            check(name, jnp.max(jnp.abs(got[1] - want[1])), 2e-3)
+            us = device_microseconds(lambda q, *arrays, call=call: call(q, *arrays)[0], q, *arrays)
+            moved = sum(x.nbytes for x in (*codes, *pools, scale_zero) if x is not None)
+            more = {"relative_error": error, "percent_of_bandwidth": round(100 * moved / us / 1e3 / bandwidth, 1)}
+            yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
+
+
 def ours(q, *arrays, which=None, query_map=None):
     return vq_decode_attention(q, *arrays, scale=q.shape[-1] ** -0.5, implementation=which, query_map=query_map)[0]
 
@@ -410,7 +492,7 @@ def time_decode() -> Iterator[dict]:
             yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
 
 
-PARTS = {"hadamard": time_hadamard, "decode": time_decode, "encode": time_encode}
+PARTS = {"hadamard": time_hadamard, "decode": time_decode, "nuq": time_nuq, "encode": time_encode}
 
 
 def main() -> None:
@@ -439,7 +521,8 @@ def main() -> None:
 
 def part_of(line: dict) -> str:
     """Which part a row is of."""
-    return {"hadamard": "hadamard", "vq_encode": "encode"}.get(line["name"].split()[0], "decode")
+    parts = {"hadamard": "hadamard", "vq_encode": "encode", "nuq_decode_attention": "nuq"}
+    return parts.get(line["name"].split()[0], "decode")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float16, Int32, UInt8, UInt32
 
-from pallas_kernels import dispatch, split_k
+from pallas_kernels import dispatch, nuq, split_k
 from pallas_kernels.exact import ExactTokens
 from pallas_kernels.mosaic_gpu import decode_attention as skeleton
 from pallas_kernels.mosaic_gpu import lanes
@@ -33,7 +33,7 @@ from pallas_kernels.mosaic_gpu.decode_attention import BLOCK, HEADS, Config, Pro
 from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg, at, f32, u32
 from pallas_kernels.vq_decode_attention import mosaic_gpu as vq
 
-TILE = 64  # tokens whose outliers lie together
+TILE = nuq.TILE  # tokens whose outliers lie together
 _COARSE = 64  # tiles between two coarse rotations
 _GROUPS = TILE // BLOCK
 _WARPGROUPS = 2
@@ -117,12 +117,12 @@ class Values:
 
 def nuq_decode_attention(
     q: Float[Array, "B Hq D"],
-    key_codes: UInt8[Array, "B Hkv S bytes"],
-    value_codes: UInt8[Array, "B Hkv S bytes"],
+    key_codes: UInt8[Array, "B Hkv S kbytes"],
+    value_codes: UInt8[Array, "B Hkv S vbytes"],
     key_scale: Float[Array, "Hkv D"],
     key_zero: Float[Array, "Hkv D"],
-    key_codebook: Float[Array, "K"],
-    value_codebook: Float[Array, "K"],
+    key_codebook: Float[Array, "Kk"],
+    value_codebook: Float[Array, "Kv"],
     value_scale_zero: Float16[Array, "B S 2"],
     key_outliers: UInt32[Array, "B Hkv tiles kslots"] | None,
     value_outliers: UInt32[Array, "B Hkv tiles vslots"] | None,
@@ -142,11 +142,11 @@ def nuq_decode_attention(
     batch, query_heads, dim = q.shape
     kv_heads, tokens = key_codes.shape[1:3]
     group = query_heads // max(1, kv_heads)
-    bits = key_codebook.shape[0].bit_length() - 1
+    bits = [book.shape[0].bit_length() - 1 for book in (key_codebook, value_codebook)]
     if interpret:
         raise NotImplementedError("nuq_decode_attention: mosaic_gpu has no interpret mode")
-    served = dim in skeleton.HEAD_DIMS and bits in _AT_ONCE and group <= _MOST_HEADS and scale != 0
-    if not served or jnp.dtype(q.dtype).itemsize != 2 or value_codebook.shape != key_codebook.shape:
+    served = dim in skeleton.HEAD_DIMS and _AT_ONCE.keys() >= {*bits} and group <= _MOST_HEADS and scale != 0
+    if not served or jnp.dtype(q.dtype).itemsize != 2:
         raise NotImplementedError(
             f"nuq_decode_attention: the mosaic_gpu kernel serves 16-bit queries, D in {skeleton.HEAD_DIMS}, codebooks "
             f"of {sorted(_AT_ONCE)} bits and up to {_MOST_HEADS} query heads a KV head, not {q.dtype}, D={dim}, "
@@ -156,8 +156,8 @@ def nuq_decode_attention(
     if batch * kv_heads * group == 0 or (tokens == 0 and not exact):
         return jnp.zeros(q.shape, out_dtype), jnp.full((batch, query_heads), split_k.EMPTY)
     if tokens == 0:  # a window alone: one tile of which no token counts
-        room = (batch, kv_heads, TILE, key_codes.shape[3])
-        key_codes = value_codes = jnp.zeros(room, jnp.uint8)
+        room = batch, kv_heads, TILE
+        key_codes, value_codes = (jnp.zeros((*room, x.shape[3]), jnp.uint8) for x in (key_codes, value_codes))
         value_scale_zero = jnp.zeros((batch, TILE, 2), jnp.float16)
         key_outliers = value_outliers = None
         tokens, lengths = TILE, jnp.zeros_like(lengths)
@@ -165,8 +165,10 @@ def nuq_decode_attention(
 
     # Keys are multiplied in float16, whose range holds their scale and whose ten bits their rotations; weights of
     # values, far apart, in bfloat16.
-    at_once = _AT_ONCE[bits]
-    key_format, value_format = (vq.Format(dim, at_once, at_once * bits, element) for element in ("f16", "bf16"))
+    key_format, value_format = (
+        vq.Format(dim, _AT_ONCE[width], _AT_ONCE[width] * width, element)
+        for width, element in zip(bits, ("f16", "bf16"), strict=True)
+    )
     key_slots, value_slots = (0 if slots is None else slots.shape[3] for slots in (key_outliers, value_outliers))
     key_table, value_table = vq.side_by_side(key_format, value_format, (True, True))
     end = -(-max(key_table.shared_end, value_table.shared_end) // 16) * 16
@@ -178,7 +180,7 @@ def nuq_decode_attention(
     )
     nothing = jnp.zeros((1,), jnp.uint32)
     books = [
-        vq.words_of(combinations(book, at_once), form)
+        vq.words_of(combinations(book, form.length), form)
         for book, form in ((key_codebook, key_format), (value_codebook, value_format))
     ]
     of_channels = [array.astype(jnp.float32) for array in (key_scale, key_zero)]
@@ -219,11 +221,9 @@ def combinations(codebook: Float[Array, "K"], count: int) -> Float[Array, "1 Kn 
 def _rotations(frequencies: tuple[float, ...], tiles: int, first: int, warps: int) -> list[np.ndarray]:
     """cos and sin, float32[n, D / 2, 2]: of the places in a tile; of 64 tiles from the first position on; of every 64th
     tile; of eight tokens, and from a warp's tile's last group to its next tile."""
-    angles = np.asarray(frequencies, np.float64)
 
     def table(positions: Any) -> np.ndarray:
-        turned = np.asarray(positions, np.float64)[:, None] * angles
-        return np.stack([np.cos(turned), np.sin(turned)], axis=-1).astype(np.float32)
+        return np.stack(nuq.angles(np.asarray(positions), frequencies), axis=-1)
 
     coarse = np.arange(-(-tiles // _COARSE)) * (_COARSE * TILE)
     return [
