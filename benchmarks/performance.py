@@ -85,6 +85,21 @@ def decode_peers() -> str:
     return table(["shape", "kernel", "µs", "cuDNN bf16, µs", "cuDNN's over it"], lines)
 
 
+def nuq_kernel() -> str:
+    """Attention over KVQuant's codes."""
+    lines = []
+    for row in read(H100, "kernels")["rows"]:
+        if match := re.fullmatch(r"nuq_decode_attention nuq(\d) (\S+)% \S+: (.+)", row["name"]):
+            bits, outliers, shape = match.groups()
+            times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
+            more = [f"{row[name]:.0f}" if name in row else "" for name in ("triton_us",)]
+            share = f"{row['percent_of_bandwidth']:.0f}%"
+            code = f"nuq{bits}" + (f", {outliers}% outliers" if outliers != "0" else "")
+            lines.append([shape, code, *times, f"{row['ratio']:.2f}x", share, *more])
+    header = ["shape", "codes", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth", "Triton kernel, µs"]
+    return table(header, lines)
+
+
 def encode_kernel() -> str:
     """One row a format: 8,192 tokens by kind, then keys and values of a long prompt beside the layer's products."""
     formats: dict[str, dict[str, str]] = {}
@@ -281,6 +296,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-kernel": decode_kernel,
     "decode-peers": decode_peers,
     "decode-shapes": decode_shapes,
+    "nuq-kernel": nuq_kernel,
     "encode-kernel": encode_kernel,
     "other-kernels": other_kernels,
     "steps": steps,

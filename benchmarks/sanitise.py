@@ -46,6 +46,8 @@ def main() -> None:
         at = jax.device_put(np.array([3, 90, 150], np.int32))
         k, v = random(BATCH, HEADS, DIM), random(BATCH, HEADS, DIM)
         pairs = [*zip(*both(vq_append, k, v, at, *window, *codes, *books, hadamard=True), strict=True)]
+        mapped = {"matrix": random(HEADS, DIM, DIM), "sink": 2, "sinks": (random(BATCH, HEADS, 2, DIM),) * 2}
+        pairs += zip(*both(vq_append, k, v, at, *window, *codes, *books, **mapped), strict=True)
         pairs += zip(*both(vq_encode, random(BATCH, 1, HEADS, DIM), books[0], hadamard=True), strict=True)
         same = min(np.mean(a == b) for a, b in pairs)
         assert same > 0.95, (length, bits, same)

@@ -20,15 +20,14 @@ def vq_append(
     value_codebook: Float[Array, "Hv Kv dv"],
     *,
     sink: int = 0,
+    sinks: tuple[Float[Array, "B H sink D"], Float[Array, "B H sink D"]] | None = None,
     mean: Float[Array, "H D"] | None = None,
     scale: Float[Array, "H D"] | None = None,
     matrix: Float[Array, "H D D"] | None = None,
     hadamard: bool = False,
     implementation: str | None = None,
     interpret: bool = False,
-) -> tuple[
-    Float[Array, "B H W D"], Float[Array, "B H W D"], UInt8[Array, "B H S kbytes"], UInt8[Array, "B H S vbytes"]
-]:
+) -> tuple[Array, ...]:
     """One token a row enters a window of W tokens; the token that it pushes out is encoded.
 
     The new token's position is p. Ring slot p % W holds the token of position p - W, which goes, as codes, to slot
@@ -42,12 +41,14 @@ def vq_append(
         key_codes, value_codes: coded tokens, packed as `vq_encode` packs them.
         key_codebook, value_codebook: centroids, of every head or of all (first axis 1).
         sink: tokens at the start that are never coded.
+        sinks: arrays for keys and values of these, position q in slot q, into which the new token goes if it is one.
         mean, scale, matrix, hadamard: the keys' transform, as `vq_encode` takes it; values have none.
         implementation: "mosaic_gpu", "xla", or None for the best on the default device.
         interpret: run Pallas kernels in interpret mode (on a CPU, for tests).
 
     Returns:
-        The ring and the codes with the token in them: in place, where the caller lets go of what it gave.
+        ring_keys, ring_values, key_codes, value_codes, and the sinks if they were given, with the token in them: in
+        place, where the caller lets go of what it gave.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together.
@@ -70,6 +71,7 @@ def vq_append(
         ("key_codes", key_codes, (batch, heads, *slots, pitches[0]), jnp.uint8),
         ("value_codes", value_codes, (batch, heads, *slots, pitches[1]), jnp.uint8),
         ("positions", positions, (batch,), jnp.int32),
+        *((f"sinks[{i}]", x, (batch, heads, sink, dim), ring_keys.dtype) for i, x in enumerate(sinks or ())),
     ):
         if array.shape != want or array.dtype != dtype:
             raise ValueError(
@@ -81,5 +83,5 @@ def vq_append(
     return dispatch.call(
         "vq_append", implementation, interpret,
         k, v, positions, ring_keys, ring_values, key_codes, value_codes, key_codebook, value_codebook,
-        sink=sink, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
+        sink=sink, sinks=sinks, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
     )  # fmt: skip

@@ -23,6 +23,7 @@ def vq_append(
     value_codebook: Float[Array, "Hv Kv dv"],
     *,
     sink: int = 0,
+    sinks: tuple[Array, Array] | None = None,
     mean: Float[Array, "H D"] | None = None,
     scale: Float[Array, "H D"] | None = None,
     matrix: Float[Array, "H D D"] | None = None,
@@ -48,17 +49,19 @@ def vq_append(
     )
     # Without a window there is no ring to write, and an empty array has no address.
     rings = [ring_keys, ring_values] if ring_keys.shape[2] else []
+    kept = list(sinks) if sinks and sink else []
     out = lanes.launch(
         body,
         [k.astype(dtype), v.astype(dtype), positions, *key_arrays, *value_arrays],
         [],
-        in_place=[*rings, key_codes, value_codes],
+        in_place=[*rings, key_codes, value_codes, *kept],
         blocks=2 * batch * heads,
         warpgroups=warpgroups,
         shared_bytes=max(p.shared_bytes for p in problems),
         name="vq_append",
     )
-    return tuple(out) if rings else (ring_keys, ring_values, *out)
+    out = out if rings else [ring_keys, ring_values, *out]
+    return (*out, *(sinks or ())) if not kept else tuple(out)
 
 
 def _append(
@@ -74,15 +77,20 @@ def _append(
     """Block 2 row + side: side 0 is the key, 1 the value, of row batch * heads + head.
 
     rest: k, v [B, H, D]; positions [B]; what `encode` reads for keys, then for values; the rings [B, H, window, D] if
-    there are any; key and value codes [B, H, slots, bytes]; shared memory; the block.
+    there are any; key and value codes [B, H, slots, bytes]; sinks [B, H, sink, D] if they are written; shared memory;
+    the block.
     """
     k, v, positions, *arrays, shared, block = rest
     key_arrays, value_arrays = arrays[:of_key], arrays[of_key : of_key + of_value]
-    *rings, key_codes, value_codes = arrays[of_key + of_value :]
+    written = arrays[of_key + of_value :]
+    rings = [written.pop(0), written.pop(0)] if window else []
+    key_codes, value_codes, *sinks = written
     row = block >> 1
     position = lanes.load(at(positions, (row // heads) << 2), 1)[0]
 
-    def side(p: encoding.Problem, arrays: Sequence[Pointer], new: Pointer, ring: Pointer | None, codes: Pointer):
+    def side(which: int, arrays: Sequence[Pointer], new: Pointer, codes: Pointer) -> Callable[[Reg], Reg]:
+        p, ring = problems[which], rings[which] if rings else None
+
         def run(_: Reg) -> Reg:
             fresh = at(new, lanes.wide_product(row, p.row_bytes))
             held = fresh
@@ -98,21 +106,24 @@ def _append(
 
             lanes.when(slot < slots, u32(0), encode)
             if ring is not None:  # what leaves was read by all before the first barrier of `encode`
-                _copy(p, fresh, held)
+                _copy(p, fresh, held, u32(0).equals(0))
+            if sinks:
+                slot = position.minimum(sink - 1)
+                _copy(p, fresh, at(sinks[which], lanes.wide_product(row * sink + slot, p.row_bytes)), position < sink)
             return u32(0)
 
         return run
 
     either: list[tuple[int, Callable[[Reg], Reg]]] = [
-        (0, side(problems[0], key_arrays, k, rings[0] if rings else None, key_codes)),
-        (1, side(problems[1], value_arrays, v, rings[1] if rings else None, value_codes)),
+        (0, side(0, key_arrays, k, key_codes)),
+        (1, side(1, value_arrays, v, value_codes)),
     ]
     for which, run in either:
         lanes.when((block & 1).equals(which), u32(0), run)
 
 
-def _copy(p: encoding.Problem, source: Pointer, target: Pointer) -> None:
-    """A row, a word a thread."""
+def _copy(p: encoding.Problem, source: Pointer, target: Pointer, wanted: Reg) -> None:
+    """A row if it is wanted, a word a thread."""
     thread = lanes.thread()
-    with lanes.do_when(thread < p.row_bytes // 4):
+    with lanes.do_when(wanted & (thread < p.row_bytes // 4)):
         lanes.store(at(target, thread << 2), lanes.load(at(source, thread << 2), 1))

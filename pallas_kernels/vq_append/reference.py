@@ -20,12 +20,13 @@ def vq_append(
     value_codebook: Float[Array, "Hv Kv dv"],
     *,
     sink: int = 0,
+    sinks: tuple[Array, Array] | None = None,
     mean: Float[Array, "H D"] | None = None,
     scale: Float[Array, "H D"] | None = None,
     matrix: Float[Array, "H D D"] | None = None,
     hadamard: bool = False,
     interpret: bool = False,
-) -> tuple[Array, Array, Array, Array]:
+) -> tuple[Array, ...]:
     """The meaning of `pallas_kernels.vq_append`."""
     window = ring_keys.shape[2]
     leaving_k, leaving_v = k, v
@@ -40,7 +41,8 @@ def vq_append(
     how: dict[str, Any] = {"implementation": None if interpret else "xla", "interpret": interpret}
     new_k = vq_encode(leaving_k[:, None], key_codebook, **transform, **how)[:, :, 0]
     new_v = vq_encode(leaving_v[:, None], value_codebook, **how)[:, :, 0]
-    return ring_keys, ring_values, _write(key_codes, new_k, slots), _write(value_codes, new_v, slots)
+    written = [_write(held, new, positions) for held, new in zip(sinks or (), (k, v), strict=False)]
+    return ring_keys, ring_values, _write(key_codes, new_k, slots), _write(value_codes, new_v, slots), *written
 
 
 def _write(

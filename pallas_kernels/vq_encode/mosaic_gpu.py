@@ -66,12 +66,17 @@ class Problem:
         return _WARPS * self.warpgroups
 
     @property
+    def threads(self) -> int:
+        return _WARP * self.warps
+
+    @property
     def row_bytes(self) -> int:
         return self.dim * (4 if self.kind == "f32" else 2)
 
     @property
     def shared_bytes(self) -> int:
-        return 4 * (2 * self.dim + (2 * self.warps * self.parts + 1) * self.count)
+        found = (2 * self.warps * self.parts + 1) * self.count
+        return 4 * (2 * self.dim + max(found, 2 * self.threads if self.matrix else 0))
 
     @property
     def vectors(self) -> int:
@@ -183,7 +188,7 @@ def encode(p: Problem, x: Pointer, arrays: Sequence[Pointer], head: Reg, shared:
     """All threads of a block encode the row at x, of head `head`, to `codes`. No barrier follows."""
     book, *maps = arrays
     y, spare, found = shared, at(shared, 4 * p.dim), at(shared, 8 * p.dim)
-    _transform(p, x, maps, head, y, spare)
+    _transform(p, x, maps, head, y, spare, found)
     distances, indices, chosen = (at(found, 4 * n * p.count) for n in (0, p.warps * p.parts, 2 * p.warps * p.parts))
     _search(p, book if p.shared_book else at(book, lanes.wide_product(head, _book_bytes(p))), y, distances, indices)
     lanes.barrier()
@@ -206,8 +211,8 @@ def load_pair(pointer: Pointer, pair: Reg, kind: str) -> list[Reg]:
     return lanes.widen(lanes.load(at(pointer, pair << 2), 1)[0], kind)
 
 
-def _transform(p: Problem, x, maps: Sequence[Pointer], head: Reg, y: Pointer, spare: Pointer) -> None:
-    """((x - mean) * scale) @ (matrix or H), into shared memory."""
+def _transform(p: Problem, x, maps: Sequence[Pointer], head: Reg, y: Pointer, spare: Pointer, sums: Pointer) -> None:
+    """((x - mean) * scale) @ (matrix or H), into shared memory; two numbers a thread fit at `sums`."""
     thread, pairs = lanes.thread(), p.dim // 2
     pair = thread.minimum(pairs - 1)
     of_head = dict(zip([name for name in ("mean", "scale", "matrix") if getattr(p, name)], maps, strict=True))
@@ -225,20 +230,34 @@ def _transform(p: Problem, x, maps: Sequence[Pointer], head: Reg, y: Pointer, sp
     if p.hadamard:
         values = butterfly.across_warps(spare, pair, p.dim)
     elif p.matrix:
-        columns = at(of_head["matrix"], lanes.wide_product(head, p.dim * p.dim * 4), pair << 3)
-
-        def some(i: Reg, out: list[Reg]) -> list[Reg]:
-            inputs = [word.as_float() for word in lanes.load(at(spare, i << 2), 4)]
-            rows = [lanes.load(at(columns, (i + k) * (p.dim * 4)), 2) for k in range(4)]
-            for value, weights in zip(inputs, rows, strict=True):
-                out = [lanes.multiply_add(w.as_float(), value, o) for w, o in zip(weights, out, strict=True)]
-            return out
-
-        values = lanes.loop(u32(0), u32(p.dim), 4, [f32(0.0), f32(0.0)], some)
+        matrix = at(of_head["matrix"], lanes.wide_product(head, p.dim * p.dim * 4))
+        values = _times(p, spare, matrix, sums)
     if p.hadamard or p.matrix:
         with lanes.do_when(thread < pairs):
             lanes.store(at(y, pair << 3), values)
         lanes.barrier()
+
+
+def _times(p: Problem, x: Pointer, matrix: Pointer, sums: Pointer) -> list[Reg]:
+    """This thread's pair of elements of x [D] times a matrix [D, D]. Every thread sums some rows of a pair of columns,
+    all at once: what takes long is the way to memory."""
+    pairs = p.dim // 2
+    parts = p.threads // pairs
+    each = p.dim // parts
+    thread = lanes.thread()
+    pair, part = thread % pairs, thread // pairs
+    first = part * each
+    columns = at(matrix, first * (p.dim * 4) + (pair << 3))
+    out = [f32(0.0), f32(0.0)]
+    rows = [lanes.load(at(columns, i * p.dim * 4), 2) for i in range(each)]
+    for i in range(0, each, 4):
+        inputs = [word.as_float() for word in lanes.load(at(x, (first + i) << 2), 4)]
+        for value, weights in zip(inputs, rows[i : i + 4], strict=True):
+            out = [lanes.multiply_add(w.as_float(), value, o) for w, o in zip(weights, out, strict=True)]
+    lanes.store(at(sums, thread << 3), out)
+    lanes.barrier()
+    held = [lanes.load(at(sums, (pair + i * pairs) << 3), 2) for i in range(parts)]
+    return [lanes.reduce(Reg.__add__, [word.as_float() for word in words]) for words in zip(*held, strict=True)]
 
 
 def _search(p: Problem, book: Pointer, y: Pointer, distances: Pointer, indices: Pointer) -> None:

@@ -45,7 +45,7 @@ def arguments(dim, key, value, dtype, window, sink, transform, positions, slots=
         for d, b in (key, value)
     ]
     books = [random(HEADS, 2**b, d) for d, b in (key, value)]
-    options = {"sink": sink}
+    options: dict = {"sink": sink, "sinks": tuple(random(batch, HEADS, sink, dim) for _ in range(2))}
     if transform == "hadamard":
         options |= {"hadamard": True, "scale": random(HEADS, dim, kind="float32")}
     if transform == "matrix":
@@ -53,8 +53,10 @@ def arguments(dim, key, value, dtype, window, sink, transform, positions, slots=
     return (*rows, jnp.asarray(positions, jnp.int32), *rings, *codes, *books), options
 
 
-def expected(k, v, positions, ring_keys, ring_values, key_codes, value_codes, key_book, value_book, *, sink, **maps):
-    out = [np.array(a) for a in (ring_keys, ring_values, key_codes, value_codes)]
+def expected(
+    k, v, positions, ring_keys, ring_values, key_codes, value_codes, key_book, value_book, *, sink, sinks, **maps
+):
+    out = [np.array(a) for a in (ring_keys, ring_values, key_codes, value_codes, *sinks)]
     window = ring_keys.shape[2]
     for b, position in enumerate(np.asarray(positions)):
         sides = ((k, key_book, maps), (v, value_book, {}))
@@ -66,6 +68,8 @@ def expected(k, v, positions, ring_keys, ring_values, key_codes, value_codes, ke
             if 0 <= slot < key_codes.shape[2]:
                 coded = vq_encode(jnp.asarray(leaving)[None, None], book, **transform, implementation="xla")
                 out[2 + i][b, :, slot] = np.asarray(coded)[0, :, 0]
+            if position < sink:
+                out[4 + i][b, :, position] = np.asarray(new[b])
     return out
 
 
@@ -116,7 +120,7 @@ def test_arguments_that_do_not_belong_together_are_refused():
         bad = [change(array) if i == index else array for i, array in enumerate(arrays)]
         with pytest.raises((ValueError, TypeError), match=rf"{message}|Type-check"):
             vq_append(*bad, **options)
-    for wrong in ({"sink": -1}, {"scale": options["scale"][:, :3]}, {"matrix": jnp.zeros((2, 128, 128))}):
+    for wrong in ({"sink": -1}, {"sink": 1}, {"scale": options["scale"][:, :3]}, {"matrix": jnp.zeros((2, 128, 128))}):
         with pytest.raises((ValueError, TypeError), match=r"vq_append: |Type-check"):
             vq_append(*arrays, **options | wrong)
 
@@ -134,12 +138,12 @@ def test_it_works_in_place_in_a_compiled_loop_on_a_device():
     arrays, options = arguments(*CASES[0], [7, 9])
 
     def step(i, state):
-        return vq_append(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options, **cases.MOSAIC_GPU)
+        return vq_append(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options, **cases.MOSAIC_GPU)[:4]
 
     loop = jax.jit(lambda state: jax.lax.fori_loop(0, 3, step, state), donate_argnums=0)
     state = arrays[3:7]
     for i in range(3):
-        state = expected(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options)
+        state = expected(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options)[:4]
     for a, b in zip(loop(arrays[3:7]), state, strict=True):
         np.testing.assert_array_equal(np.asarray(a), b)
 
@@ -148,11 +152,11 @@ def test_it_runs_in_a_compiled_loop():
     arrays, options = arguments(*CASES[0], [7, 9])
 
     def step(i, state):
-        return vq_append(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options, implementation="xla")
+        return vq_append(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options, implementation="xla")[:4]
 
     out = jax.jit(lambda state: jax.lax.fori_loop(0, 3, step, state))(arrays[3:7])
     state = arrays[3:7]
     for i in range(3):
-        state = expected(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options)
+        state = expected(*arrays[:2], arrays[2] + i, *state, *arrays[7:], **options)[:4]
     for a, b in zip(out, state, strict=True):
         np.testing.assert_array_equal(np.asarray(a), b)

@@ -211,7 +211,7 @@ class VecInfer(VectorQuantisedMethod):
         layer: LayerShape,
     ) -> WindowedCache:
         store = cache.store
-        ring_keys, ring_values, key_codes, value_codes = vq_append(
+        ring_keys, ring_values, key_codes, value_codes, *sinks = vq_append(
             k,
             v,
             at.astype(jnp.int32),
@@ -222,11 +222,18 @@ class VecInfer(VectorQuantisedMethod):
             store.key_codebook,
             store.value_codebook,
             sink=self.sink,
+            sinks=(cache.sink_keys, cache.sink_values),
             **self._key_transform(store),
             **self._how("vq_append"),
         )
-        store = dataclasses.replace(store, key_codes=key_codes, value_codes=value_codes)
-        return dataclasses.replace(cache, store=store, ring_keys=ring_keys, ring_values=ring_values)
+        return dataclasses.replace(
+            cache,
+            store=dataclasses.replace(store, key_codes=key_codes, value_codes=value_codes),
+            ring_keys=ring_keys,
+            ring_values=ring_values,
+            sink_keys=sinks[0],
+            sink_values=sinks[1],
+        )
 
     def _key_transform(self, store: VecInferStore) -> dict[str, Any]:
         """As the kernels that encode keys take it."""

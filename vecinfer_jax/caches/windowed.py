@@ -239,9 +239,6 @@ class WindowedMethod(CacheMethod):
         cache: WindowedCache,
     ) -> WindowedCache:
         cache = self.push_token(cache, k, v, at, layer)
-        if self.sink:
-            sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
-            cache = dataclasses.replace(cache, sink_keys=sinks[0], sink_values=sinks[1])
         return dataclasses.replace(cache, lengths=at + 1)
 
     def push_token(
@@ -252,7 +249,8 @@ class WindowedMethod(CacheMethod):
         at: Int[Array, "B"],
         layer: LayerShape,
     ) -> WindowedCache:
-        """The cache with a token a sequence, of position at[b], in its ring, and what that pushes out as codes."""
+        """The cache with a token a sequence, of position at[b], in its ring or sinks, and what that pushes out as
+        codes."""
         # The group that this token pushes out of the window; most tokens complete none, and nothing is written then.
         # In the ring the oldest token of a complete group stands where the new one goes.
         group = self.token_group
@@ -275,7 +273,10 @@ class WindowedMethod(CacheMethod):
         else:
             group_k, group_v = k[:, None], v[:, None]
         store = self.append(cache.store, group_k, group_v, jnp.where(complete, slots, -1), layer)
-        return dataclasses.replace(cache, store=store, ring_keys=ring_keys, ring_values=ring_values)
+        sinks = cache.sink_keys, cache.sink_values
+        if self.sink:
+            sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
+        return WindowedCache(store, cache.slots, ring_keys, ring_values, *sinks, cache.lengths)
 
     def _append_chunk(
         self,
