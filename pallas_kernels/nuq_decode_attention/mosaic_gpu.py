@@ -18,7 +18,7 @@ what a tile can add at most, so that a sum is exact to some 2^-22 of the largest
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -236,29 +236,39 @@ def _rotations(frequencies: tuple[float, ...], tiles: int, first: int, warps: in
 
 class _Scratch:
     """A warp's shared memory, for every four heads: the query of a tile's start [D, 4], float32; what outliers add to
-    scores, integers, then the weights, float32 [64, 4]; what they add to outputs, integers [D, 4]."""
+    scores, integers, then the weights, float32 [4, 64]; what they add to outputs, integers [4, D]. Laid out so that
+    lanes seldom wait for one bank: every quarter of the channels is followed by a gap, and every head's row."""
+
+    _GAP = 8  # words behind a head's row
 
     def __init__(self, p: Problem, scratch: Pointer, warp: Reg):
+        self.dim = p.dim
         self.mine = at(scratch, warp * self.size(p.dim, p.group, p.settings))
-        self.rows = p.dim * 4 * HEADS
 
-    @staticmethod
-    def size(dim: int, group: int, settings: Settings) -> int:
+    @classmethod
+    def size(cls, dim: int, group: int, settings: Settings) -> int:
+        """Bytes."""
         if not settings.key_slots and not settings.value_slots:
             return 0
-        return -(-group // HEADS) * (2 * dim + TILE) * 4 * HEADS
+        return -(-group // HEADS) * cls._of_block(dim)
 
-    def _of(self, block: int) -> Pointer:
-        return at(self.mine, block * (2 * self.rows + TILE * 4 * HEADS))
+    @classmethod
+    def _of_block(cls, dim: int) -> int:
+        return 4 * HEADS * ((dim + 8) + (TILE + cls._GAP) + (dim + cls._GAP))
 
-    def query(self, block: int) -> Pointer:
-        return self._of(block)
+    def query(self, block: int, channel: Reg, far: bool) -> Pointer:
+        """Four heads' elements of a channel of the first half, or of its partner."""
+        gaps = channel // (self.dim // 8)
+        start = block * self._of_block(self.dim) + (self.dim // 2 + 4) * 4 * HEADS * far
+        return at(self.mine, start, (channel + gaps) << 4)
 
-    def output(self, block: int) -> Pointer:
-        return at(self._of(block), self.rows)
+    def token(self, block: int, head: int | Reg, token: Reg) -> Pointer:
+        start = block * self._of_block(self.dim) + (self.dim + 8) * 4 * HEADS
+        return at(self.mine, start, head * ((TILE + self._GAP) * 4), token << 2)
 
-    def tokens(self, block: int) -> Pointer:
-        return at(self._of(block), 2 * self.rows)
+    def output(self, block: int, head: int | Reg, channel: Reg) -> Pointer:
+        start = block * self._of_block(self.dim) + (self.dim + 8 + TILE + self._GAP) * 4 * HEADS
+        return at(self.mine, start, head * ((self.dim + self._GAP) * 4), channel << 2)
 
 
 class _Queries:
@@ -308,11 +318,11 @@ class _Queries:
     def keep(self, low: list, high: list, scratch: _Scratch) -> None:
         """The queries in shared memory, channel by channel."""
         for block, (of_low, of_high) in enumerate(zip(low, high, strict=True)):
-            mine = at(scratch.query(block), (self.channel << 4) + (self.head << 2))
+            near, far = (at(scratch.query(block, self.channel, half), self.head << 2) for half in (False, True))
             for i, (a, b) in enumerate(zip(of_low, of_high, strict=True)):
                 place = i // 2 * 64 + i % 2 * 16  # every other pair of channels is this lane's
-                lanes.store(at(mine, place), [a])
-                lanes.store(at(mine, place + self.half * 16), [b])
+                lanes.store(at(near, place), [a])
+                lanes.store(at(far, place), [b])
 
 
 class _KeyMap:
@@ -365,8 +375,7 @@ class _Outliers:
     def __init__(self, p: Problem, pointer: Pointer, slots: int, row: Reg, lane: Reg):
         self.p, self.slots = p, slots
         self.rounds = -(-slots // 32)
-        # A lane's slots follow one another, so that what lanes do together seldom meets in one token.
-        self.first = lane * self.rounds
+        self.lane = lane
         self.row = at(pointer, lanes.wide_product(row, p.tokens // TILE * slots * 4))
 
     def load(self, tile: Reg) -> list[Reg]:
@@ -374,7 +383,7 @@ class _Outliers:
         of_tile = at(self.row, lanes.wide_product(tile, self.slots * 4))
         out = []
         for i in range(self.rounds):
-            slot = self.first + i
+            slot = self.lane + 32 * i
             word = lanes.load_stream(at(of_tile, slot.minimum(self.slots - 1) << 2), 0, 1)[0]
             out.append((slot < self.slots).where(word, u32(0)))
         return out
@@ -382,6 +391,12 @@ class _Outliers:
     def parts(self, word: Reg) -> tuple[Reg, Reg, Reg]:
         """Token of the tile, channel, difference."""
         return (word & 0xFFFF) // self.p.dim, word & (self.p.dim - 1), lanes.widen(word, "f16")[1]
+
+    def each(self, words: list[Reg], do: Callable[[Reg], None]) -> None:
+        """do(word) in the lanes that have one, 32 slots at a time; pools are filled from the front."""
+        for word in words:
+            with lanes.do_when(word.differs(0)):
+                do(word)
 
     def largest(self, words: list[Reg]) -> Reg:
         """The largest difference's size, in all lanes."""
@@ -448,7 +463,8 @@ def _walk(p: Problem, row: Row) -> list:
     dense = p.dim // 32
     if value_outliers:
         for block in range(p.head_blocks):
-            _clear(scratch.output(block), p.dim * HEADS, lane)
+            for i in range(p.dim // 8):
+                lanes.store(scratch.output(block, j, r + 8 * i), [u32(0)])
     # No turn makes an element larger than both of a pair together.
     largest_query = lanes.reduce(Reg.maximum, [_size(x) for of_head in low + high for x in of_head])
     largest_query = lanes.largest(largest_query.as_bits()).as_float() * 2.0
@@ -462,15 +478,12 @@ def _walk(p: Problem, row: Row) -> list:
             queries.keep(low, high, scratch)
             # Each of a token's channels at most, by two elements of a query.
             units, unit = _unit(key_outliers.largest(key_slots) * largest_query, 2 * p.dim)
-            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), lane, units)
+            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), place, units)
         scores = []
         for g, words in enumerate(key_words):
             of_group = skeleton.products(key_map(keys.pairs(words)), queries.operands(low, high), p.key.operand)
             if key_outliers:
-                added = [
-                    lanes.load(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), 1)[0]
-                    for block in range(p.head_blocks)
-                ]
+                added = [lanes.load(scratch.token(block, j, own + g * BLOCK), 1)[0] for block in range(p.head_blocks)]
                 of_group = [
                     lanes.multiply_add(lanes.from_integer(x), unit, score)
                     for x, score in zip(added, of_group, strict=True)
@@ -491,7 +504,7 @@ def _walk(p: Problem, row: Row) -> list:
             for block, (score, (m, total, parts)) in enumerate(zip(scores[g], state, strict=True)):
                 weight = skeleton.weigh(p, score, m)
                 if value_outliers:
-                    lanes.store(at(scratch.tokens(block), ((own + g * BLOCK) << 4) + (j << 2)), [weight])
+                    lanes.store(scratch.token(block, j, own + g * BLOCK), [weight])
                     largest_weight = largest_weight.maximum(weight)
                 scaled = skeleton.add_values(parts[:dense], p.value.operand, near, far, weight * factor, selectors)
                 zeros = [lanes.multiply_add(weight, zero_point, parts[-1][0])]
@@ -521,12 +534,11 @@ def _walk(p: Problem, row: Row) -> list:
         added = [zeros] * (p.dim // 8)
         if value_outliers:
             (of_outliers,) = parts[dense:]
-            sums = scratch.output(block)
             for i, x in enumerate(of_outliers):
-                lanes.store(at(sums, (lane << 2) + i * 128), [x])
+                lanes.store(scratch.output(block, j, r + 8 * i), [x])
             lanes.sync_warp()
-            mine = at(sums, r * (p.dim // 8 * 16) + (j << 2))
-            added = [zeros + lanes.load(at(mine, 16 * i), 1)[0].as_float() for i in range(p.dim // 8)]
+            mine = scratch.output(block, j, r * (p.dim // 8))
+            added = [zeros + lanes.load(at(mine, 4 * i), 1)[0].as_float() for i in range(p.dim // 8)]
             lanes.sync_warp()
         pairs = zip(parts[:dense], itertools.batched(added, 4), strict=True)
         out.append((m, total, [[x + y for x, y in zip(part, more, strict=True)] for part, more in pairs]))
@@ -537,56 +549,53 @@ def _size(x: Reg) -> Reg:
     return x.maximum(f32(0.0) - x)
 
 
-def _clear(pointer: Pointer, count: int, lane: Reg) -> None:
-    """Zeros, by a warp."""
-    for i in range(count // 128):
-        lanes.store(at(pointer, (lane << 4) + i * 512), [u32(0)] * 4)
-
-
 def _add_keys(
     p: Problem,
     outliers: _Outliers,
     slots: list[Reg],
     scratch: _Scratch,
     rotations: Pointer,
-    lane: Reg,
+    place: skeleton.Place,
     units: Reg,
 ) -> None:
-    """What a tile's outliers add to its scores, in units, into `scratch.tokens`."""
+    """What a tile's outliers add to its scores, in units, into `scratch.token`."""
     half = p.dim // 2
     for block in range(p.head_blocks):
-        _clear(scratch.tokens(block), TILE * HEADS, lane)
+        for g in range(_GROUPS):
+            lanes.store(scratch.token(block, place.j, place.r + g * BLOCK), [u32(0)])
     lanes.sync_warp()
-    for word in slots:
-        with lanes.do_when(word.differs(0)):
-            token, channel, difference = outliers.parts(word)
-            difference = difference * units
-            pair = channel & (half - 1)
-            far = u32(half - 1) < channel
-            cos, sin = (x.as_float() for x in lanes.load(at(rotations, (token * half + pair) << 3), 2))
-            of_low = far.where(f32(0.0) - sin, cos) * difference
-            of_high = far.where(cos, sin) * difference
-            for block in range(p.head_blocks):
-                query = at(scratch.query(block), pair << 4)
-                lows, highs = (lanes.load(at(query, place), 4) for place in (0, half * 16))
-                for h in range(min(HEADS, p.group - HEADS * block)):
-                    added = lanes.multiply_add(lows[h].as_float(), of_low, highs[h].as_float() * of_high)
-                    lanes.add_shared(at(scratch.tokens(block), (token << 4) + h * 4), lanes.to_integer(added))
+
+    def add(word: Reg) -> None:
+        token, channel, difference = outliers.parts(word)
+        difference = difference * units
+        pair = channel & (half - 1)
+        far = u32(half - 1) < channel
+        cos, sin = (x.as_float() for x in lanes.load(at(rotations, (token * half + pair) << 3), 2))
+        of_low = far.where(f32(0.0) - sin, cos) * difference
+        of_high = far.where(cos, sin) * difference
+        for block in range(p.head_blocks):
+            lows, highs = (lanes.load(scratch.query(block, pair, high), 4) for high in (False, True))
+            for h in range(min(HEADS, p.group - HEADS * block)):
+                added = lanes.multiply_add(lows[h].as_float(), of_low, highs[h].as_float() * of_high)
+                lanes.add_shared(scratch.token(block, h, token), lanes.to_integer(added))
+
+    outliers.each(slots, add)
     lanes.sync_warp()
 
 
 def _add_values(p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch, units: Reg) -> None:
-    """What a tile's outliers add to outputs by the weights in `scratch.tokens`, in units, into `scratch.output`."""
+    """What a tile's outliers add to outputs by the weights in `scratch.token`, in units, into `scratch.output`."""
     lanes.sync_warp()
-    for word in slots:
-        with lanes.do_when(word.differs(0)):
-            token, channel, difference = outliers.parts(word)
-            difference = difference * units
-            for block in range(p.head_blocks):
-                weights = lanes.load(at(scratch.tokens(block), token << 4), 4)
-                for h in range(min(HEADS, p.group - HEADS * block)):
-                    added = lanes.to_integer(weights[h].as_float() * difference)
-                    lanes.add_shared(at(scratch.output(block), (channel << 4) + h * 4), added)
+
+    def add(word: Reg) -> None:
+        token, channel, difference = outliers.parts(word)
+        difference = difference * units
+        for block in range(p.head_blocks):
+            for h in range(min(HEADS, p.group - HEADS * block)):
+                weight = lanes.load(scratch.token(block, h, token), 1)[0].as_float()
+                lanes.add_shared(scratch.output(block, h, channel), lanes.to_integer(weight * difference))
+
+    outliers.each(slots, add)
     lanes.sync_warp()
 
 
@@ -595,10 +604,10 @@ def _take_sums(p: Problem, scratch: _Scratch, state: list, unit: Reg, place: ske
     out = []
     for block, (m, total, parts) in enumerate(state):
         *dense, of_outliers, zeros = parts
-        sums = at(scratch.output(block), place.lane << 2)
         taken = []
         for i, x in enumerate(of_outliers):
-            taken.append(lanes.multiply_add(lanes.from_integer(lanes.load(at(sums, i * 128), 1)[0]), unit, x))
-            lanes.store(at(sums, i * 128), [u32(0)])
+            mine = scratch.output(block, place.j, place.r + 8 * i)
+            taken.append(lanes.multiply_add(lanes.from_integer(lanes.load(mine, 1)[0]), unit, x))
+            lanes.store(mine, [u32(0)])
         out.append((m, total, [*dense, taken, zeros]))
     return out
