@@ -470,7 +470,7 @@ def _walk(p: Problem, row: Row) -> list:
     largest_query = lanes.largest(largest_query.as_bits()).as_float() * 2.0
 
     def visit(tile: Reg, carry):
-        state, (low, high), (key_words, key_slots) = carry
+        state, (low, high), (key_words, key_slots), value_unit = carry
         value_words, factors, value_slots = read_values(tile)
         if sparse:
             lanes.sync_warp()
@@ -481,20 +481,21 @@ def _walk(p: Problem, row: Row) -> list:
             _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), place, units)
         scores = []
         for g, words in enumerate(key_words):
-            of_group = skeleton.products(key_map(keys.pairs(words)), queries.operands(low, high), p.key.operand)
-            if key_outliers:
-                added = [lanes.load(scratch.token(block, j, own + g * BLOCK), 1)[0] for block in range(p.head_blocks)]
-                of_group = [
-                    lanes.multiply_add(lanes.from_integer(x), unit, score)
-                    for x, score in zip(added, of_group, strict=True)
-                ]
-            scores.append(of_group)
+            scores.append(skeleton.products(key_map(keys.pairs(words)), queries.operands(low, high), p.key.operand))
             if g < _GROUPS - 1:
                 low, high = queries.turn(low, high, step)
+        if key_outliers:
+            lanes.sync_warp()
+            for g, of_group in enumerate(scores):
+                added = [lanes.load(scratch.token(block, j, own + g * BLOCK), 1)[0] for block in range(p.head_blocks)]
+                pairs = zip(added, of_group, strict=True)
+                scores[g] = [lanes.multiply_add(lanes.from_integer(x), unit, score) for x, score in pairs]
         following = read_keys(tile + p.warps)
         low, high = queries.turn(low, high, queries.factors(at(steps, p.dim * 4)))
         begin = tile * TILE
         scores = lanes.when(row.length < begin + TILE, scores, functools.partial(mask, begin))
+        if value_outliers:  # those of the tile before, which have had time to arrive
+            state = _take_sums(p, scratch, state, value_unit, place)
         state = skeleton.make_room(p, scores, state)
         largest_weight = f32(0.0)
         for g in groups:
@@ -512,10 +513,9 @@ def _walk(p: Problem, row: Row) -> list:
             state = out
         if value_outliers:
             largest_weight = lanes.largest(largest_weight.as_bits()).as_float()
-            units, unit = _unit(value_outliers.largest(value_slots) * largest_weight, TILE)
+            units, value_unit = _unit(value_outliers.largest(value_slots) * largest_weight, TILE)
             _add_values(p, value_outliers, value_slots, scratch, units)
-            state = _take_sums(p, scratch, state, unit, place)
-        return state, (low, high), following
+        return state, (low, high), following, value_unit
 
     def mask(begin: Reg, scores: list) -> list:
         """Without the tokens past the length."""
@@ -525,7 +525,11 @@ def _walk(p: Problem, row: Row) -> list:
             out.append([counts.where(s, f32(split_k.EMPTY)) for s in of_group])
         return out
 
-    state = lanes.loop(first, row.high, p.warps, (state, (low, high), key_words), visit)[0]
+    carry = state, (low, high), key_words, f32(0.0)
+    state, _, _, value_unit = lanes.loop(first, row.high, p.warps, carry, visit)
+    if value_outliers:
+        lanes.sync_warp()
+        state = _take_sums(p, scratch, state, value_unit, place)
     out = []
     for block, (m, total, parts) in enumerate(state):
         (zeros,) = parts.pop()
@@ -558,7 +562,7 @@ def _add_keys(
     place: skeleton.Place,
     units: Reg,
 ) -> None:
-    """What a tile's outliers add to its scores, in units, into `scratch.token`."""
+    """What a tile's outliers add to its scores, in units, into `scratch.token`; `sync_warp` is to follow."""
     half = p.dim // 2
     for block in range(p.head_blocks):
         for g in range(_GROUPS):
@@ -580,11 +584,11 @@ def _add_keys(
                 lanes.add_shared(scratch.token(block, h, token), lanes.to_integer(added))
 
     outliers.each(slots, add)
-    lanes.sync_warp()
 
 
 def _add_values(p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scratch, units: Reg) -> None:
-    """What a tile's outliers add to outputs by the weights in `scratch.token`, in units, into `scratch.output`."""
+    """What a tile's outliers add to outputs by the weights in `scratch.token`, in units, into `scratch.output`;
+    `sync_warp` is to follow."""
     lanes.sync_warp()
 
     def add(word: Reg) -> None:
@@ -596,7 +600,6 @@ def _add_values(p: Problem, outliers: _Outliers, slots: list[Reg], scratch: _Scr
                 lanes.add_shared(scratch.output(block, h, channel), lanes.to_integer(weight * difference))
 
     outliers.each(slots, add)
-    lanes.sync_warp()
 
 
 def _take_sums(p: Problem, scratch: _Scratch, state: list, unit: Reg, place: skeleton.Place) -> list:
