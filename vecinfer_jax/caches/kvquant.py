@@ -477,19 +477,20 @@ def put_outliers(
     A row's tokens stand in consecutive slots of the cache, from slots[b, 0] on; those of slot -1 have no differences.
     """
     (b, t, heads, dim), (tiles, size) = difference.shape, pool.shape[2:]
-    held = difference != 0
-    counts = held.astype(jnp.int32).swapaxes(1, 2).reshape(b, heads, t * dim)
-    before = jnp.cumsum(counts, axis=-1).reshape(b, heads, t, dim) - counts.reshape(b, heads, t, dim)
+    held = (difference != 0).swapaxes(1, 2)
+    counts = jnp.sum(held, axis=-1, dtype=jnp.int32)
+    before = jnp.cumsum(counts, axis=-1) - counts
     # Outliers of this call that stand before a token's tile, and those that lay in the first tile already.
     inside = jnp.maximum(slots, 0) % nuq.TILE
     first = jnp.maximum(jnp.arange(t) - inside, 0)
-    earlier = jnp.take_along_axis(before[..., 0], first[:, None], axis=-1)
+    earlier = jnp.take_along_axis(before, first[:, None], axis=-1)
     tile = jnp.where(slots < 0, tiles, slots // nuq.TILE)
     begun = jnp.clip(tile[:, 0], 0, tiles - 1)
     lay = jnp.sum(jnp.take_along_axis(pool, begun[:, None, None, None], axis=2)[:, :, 0] != 0, axis=-1)
     lay = jnp.where((tile == tile[:, :1])[:, None], lay[..., None], 0)
-    rank = before + (lay - earlier)[..., None]
-    held = held.swapaxes(1, 2)
+    # Of the same token, by a product: a running sum of 0 and 1 that any type holds exactly.
+    earlier_channels = jnp.triu(jnp.ones((dim, dim), jnp.float32), 1)
+    rank = (held.astype(jnp.float32) @ earlier_channels).astype(jnp.int32) + (before - earlier + lay)[..., None]
     place = inside[:, None, :, None] * dim + jnp.arange(dim)
     words = nuq.outlier_words(jnp.broadcast_to(place, rank.shape), difference.swapaxes(1, 2))
     rows, columns = jnp.arange(b)[:, None, None, None], jnp.arange(heads)[None, :, None, None]

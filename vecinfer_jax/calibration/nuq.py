@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 # Points are first gathered in so many intervals of equal length, where there are more; each keeps its own mean.
 INTERVALS = 1024
+# Of all weight; what weighs less would be lost in the sums.
+NEGLIGIBLE = 1e-12
 
 
 def weighted_codebook(
@@ -30,8 +32,8 @@ def weighted_codebook(
     else:
         place = np.unique(x, return_inverse=True)[1]
     mass, moment = np.bincount(place, w), np.bincount(place, w * x)
-    moment, mass = moment[mass > 0], mass[mass > 0]
-    return _optimal(moment / mass, mass, entries).astype(np.float32)
+    heavy = mass > NEGLIGIBLE * mass.sum()
+    return _optimal(moment[heavy] / mass[heavy], mass[heavy], entries).astype(np.float32)
 
 
 def _optimal(x: Float[np.ndarray, "n"], w: Float[np.ndarray, "n"], entries: int) -> Float[np.ndarray, "entries"]:

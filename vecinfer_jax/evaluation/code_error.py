@@ -67,16 +67,17 @@ class _CodeError(CacheMethod):
     ) -> tuple[Float[Array, "B T Hq D"], _Sums]:
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
         out = causal_attention(q, k, v, chunk.lengths, chunk.layer.scale)
-        count = k.shape[1] // self.method.token_group * self.method.token_group  # whole groups are coded
-        k, v = k[:, :count], v[:, :count]
+        sink, group = self.method.sink, self.method.token_group
+        count = (k.shape[1] - sink) // group * group  # sinks are never coded, all else in whole groups
+        k, v = k[:, sink : sink + count], v[:, sink : sink + count]
         held = self.method.centred(k, cache.store)
-        store = self.method.append(cache.store, held, v, chunk.positions[:, :count], chunk.layer)
+        slots = chunk.positions[:, sink : sink + count] - sink
+        store = self.method.append(cache.store, held, v, slots, chunk.layer)
         keys, values = self.method.read(store, jnp.int32(0), count, chunk.layer)
 
         def squares(x: jax.Array, given: jax.Array, coded: jax.Array) -> list[jax.Array]:
-            """Of the error of what was `given` to be coded for x, and of x; sinks are never coded."""
-            x, given = (a.swapaxes(1, 2)[:, :, self.method.sink :].astype(jnp.float32) for a in (x, given))
-            coded = coded[:, :, self.method.sink :]
+            """Of the error of what was `given` to be coded for x, and of x."""
+            x, given = (a.swapaxes(1, 2).astype(jnp.float32) for a in (x, given))
             return [jnp.sum((given - coded.astype(jnp.float32)) ** 2), jnp.sum(x**2)]
 
         return out, _Sums(cache.sums + jnp.stack(squares(k, held, keys) + squares(v, v, values)), cache.store)
@@ -101,9 +102,12 @@ def code_error(
     Of methods that group keys along tokens: of the tokens in whole groups. Raises `InputError` where there are none.
     """
     n = lm.config.num_layers
-    groups = [getattr(method.for_layer(i, n), "token_group", 1) for i in range(n)]
-    if windows.shape[1] < max(groups):
-        raise InputError(f"windows of {windows.shape[1]} tokens hold no whole group of {max(groups)}: make them longer")
+    methods = [method.for_layer(i, n) for i in range(n)]
+    groups = [(getattr(one, "sink", 0), getattr(one, "token_group", 1)) for one in methods]
+    if windows.shape[1] < max(map(sum, groups)):
+        sink, group = max(groups, key=sum)
+        after = f" after {sink} first ones" if sink else ""
+        raise InputError(f"windows of {windows.shape[1]} tokens hold no whole group of {group}{after}: make them longer")
     calibration = resolve_calibration(lm, method, calibration, progress=progress)
     totals = np.zeros((n, 4), np.float64)
     totals[:, [1, 3]] = 1e-30
@@ -119,7 +123,7 @@ def code_error(
         key_error_by_layer=tuple(float(x) for x in keys),
         value_error_by_layer=tuple(float(x) for x in values),
         bits_per_element=bits_per_element(lm, method),
-        tokens=windows.shape[0] * min(windows.shape[1] // g * g for g in groups),
+        tokens=windows.shape[0] * min((windows.shape[1] - sink) // group * group for sink, group in groups),
     )
 
 
