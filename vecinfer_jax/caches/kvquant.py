@@ -357,11 +357,11 @@ class KVQuant(WindowedMethod):
 
         keys, values = (np.asarray(x)[coded].astype(np.float32) for x in (statistics.keys, statistics.values))
         key_gradients, value_gradients = sampled(statistics.key_gradients), sampled(statistics.value_gradients)
-        cos, sin = (np.asarray(x)[:, None] for x in layer.rope.cos_sin(jnp.asarray(positions[coded])))
+        cos, sin = (x[:, None] for x in layer.rope.cos_sin(jnp.asarray(positions[coded])))
         if self.rope == "pre":  # the sampled keys are after RoPE, their gradients before
-            keys = np.asarray(nuq.rotate(keys, cos, -sin))
+            keys = np.asarray(nuq.rotate(jnp.asarray(keys), cos, -sin))
         elif key_gradients is not None:
-            key_gradients = np.asarray(nuq.rotate(key_gradients, cos, sin))
+            key_gradients = np.asarray(nuq.rotate(jnp.asarray(key_gradients), cos, sin))
 
         arrays: dict[str, np.ndarray] = {}
         reach = np.zeros(2, np.float32)
