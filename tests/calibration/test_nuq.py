@@ -84,9 +84,7 @@ def gradients_of(lm, tokens, lengths, layer):
     """By JAX through the whole model at once: [B, T, Hkv, D] each of keys and of values."""
     method, dtype = _Shifted(), jnp.dtype(lm.dtype)
     decoder = Decoder(lm.config, method, dtype)
-    empty = tuple(
-        method.init(decoder.layer_shape(i), *tokens.shape) for i in range(lm.config.num_layers)
-    )
+    empty = tuple(method.init(decoder.layer_shape(i), *tokens.shape) for i in range(lm.config.num_layers))
     positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
 
     def loss(shifts):

@@ -138,7 +138,8 @@ def merge(outputs, lses):
 
 def nuq_pair_order(dim: int) -> list[int]:
     """Channel at each place of a coded key: a quarter is an eighth of the channels, then their rotary partners."""
-    return [half * dim // 2 + quarter * dim // 8 + i for quarter in range(4) for half in (0, 1) for i in range(dim // 8)]
+    eighth = dim // 8
+    return [half * 4 * eighth + quarter * eighth + i for quarter in range(4) for half in (0, 1) for i in range(eighth)]
 
 
 def nuq_outliers(words, dim: int) -> np.ndarray:

@@ -68,8 +68,8 @@ def uniform_codebook(entries: int) -> Float[np.ndarray, "entries"]:
 def q_norm(codebook: Float[np.ndarray, "entries"], points: Float[np.ndarray, "n"]) -> Float[np.ndarray, "entries"]:
     """Q-Norm (KVQuant, section 3.5): entries to decode with, c' = c s1/s2 + (m1 - m2 s1/s2).
 
-    m1, s1 are mean and deviation of the points, m2, s2 of what `codebook` makes of them, so that what is decoded has the
-    points' mean and deviation.
+    m1, s1 are mean and deviation of the points, m2, s2 of what `codebook` makes of them, so that what is decoded has
+    the points' mean and deviation.
     """
     quantised = codebook[np.searchsorted((codebook[1:] + codebook[:-1]) / 2, points)]
     mean, deviation = points.mean(dtype=np.float64), points.std(dtype=np.float64)

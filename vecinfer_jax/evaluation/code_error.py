@@ -106,8 +106,8 @@ def code_error(
     groups = [(getattr(one, "sink", 0), getattr(one, "token_group", 1)) for one in methods]
     if windows.shape[1] < max(map(sum, groups)):
         sink, group = max(groups, key=sum)
-        after = f" after {sink} first ones" if sink else ""
-        raise InputError(f"windows of {windows.shape[1]} tokens hold no whole group of {group}{after}: make them longer")
+        what = f"whole group of {group}" + (f" after {sink} first ones" if sink else "")
+        raise InputError(f"windows of {windows.shape[1]} tokens hold no {what}: make them longer")
     calibration = resolve_calibration(lm, method, calibration, progress=progress)
     totals = np.zeros((n, 4), np.float64)
     totals[:, [1, 3]] = 1e-30
