@@ -296,7 +296,7 @@ def _filled(caches: Any, tokens: int) -> Any:
         if x.dtype == jnp.uint8:
             return jax.random.bits(jax.random.key(x.size % 7), x.shape, jnp.uint8)
         if x.dtype == jnp.uint32:  # pools of outliers: a place in a tile and a small float16 difference
-            return jax.random.bits(jax.random.key(x.size % 7), x.shape, jnp.uint32) & OUTLIER_BITS
+            return jax.random.bits(jax.random.key(x.size % 7), x.shape, jnp.uint32) & jnp.uint32(OUTLIER_BITS)
         return jax.random.normal(jax.random.key(x.size % 7), x.shape, x.dtype)
 
     leaves, structure = jax.tree.flatten(caches)

@@ -17,6 +17,7 @@ from vecinfer_jax.calibration.nuq import q_norm, weighted_codebook
 from vecinfer_jax.calibration.statistics import draw
 from vecinfer_jax.calibration.store import load_calibration
 from vecinfer_jax.errors import CalibrationError
+from vecinfer_jax.evaluation import table
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.layerwise import Layerwise
 
@@ -181,3 +182,19 @@ def test_passages_of_sinks_only_are_refused():
     activations = collect(small.model(), small.texts(), gradients=True, **OPTIONS)
     with pytest.raises(CalibrationError, match="first 24"):
         fit(small.model(), KVQuant(sink=24), activations, progress=False)
+
+
+def test_a_table_collects_gradients_once_and_only_where_they_are_wanted(tmp_path, monkeypatch):
+    asked = []
+
+    def counted(lm, texts=None, *, gradients=False, **_):
+        asked.append(gradients)
+        return collect(lm, small.texts(), gradients=gradients, **OPTIONS)
+
+    monkeypatch.setattr(table, "collect", counted)
+    made = table.Table(small.model(), tmp_path, progress=False)
+    for wanted in (False, False, True, False, True):
+        assert made._activations(0, wanted).with_gradients or not wanted
+    assert asked == [False, True]
+    made._activations(1, False)
+    assert asked == [False, True, False]

@@ -337,6 +337,11 @@ class KVQuant(WindowedMethod):
             interpret=self.interpret,
         )[0]
 
+    def outliers_held(self, store: KVQuantStore) -> Int[Array, "2"]:
+        held = [store.key_outliers, store.value_outliers, store.key_residual, store.value_residual]
+        kept = sum((jnp.sum(x != 0, dtype=jnp.int32) for x in held if x is not None), jnp.int32(0))
+        return jnp.stack([kept, jnp.sum(store.key_overflow) + jnp.sum(store.value_overflow)])
+
     # -- calibration
 
     def calibrate_layer(
