@@ -42,6 +42,16 @@ BASELINES = [
     *(f"hadamard-int:bits={bits}" for bits in (4, 3, 2)),
     *(f"plain-vq:bits={bits:g}" for bits in (4, 2, 1)),
 ]
+# One thing changed at a time: Q-Norm at 2 bits, the rest at 3.
+KVQUANT_ABLATIONS = (
+    *(f"bits=2,outliers={share:g},sink=1,qnorm={norm}" for share in (0.01, 0) for norm in ("false", "true")),
+    "bits=3,outliers=0,sink=1",
+    *(f"bits=3,outliers=0,sink=1,{change}" for change in ("keys=per-token", "rope=post", "codebook=int")),
+    *(f"bits=3,outliers=0,{change}" for change in ("sink=0", "sink=1,fisher=false")),
+    *(f"bits=3,outliers={share:g},sink=1" for share in (0.001, 0.005, 0.01)),
+    *(f"bits=3,outliers={share:g},sink=1,capped=false" for share in (0.001, 0.005, 0.01)),
+    *(f"bits=2,outliers={share:g},sink=1,fisher=false" for share in (0.01, 0)),
+)
 # Characters of essays that are scored.
 ESSAYS = 400_000
 # Of RULER's thirteen tasks, some that SmolLM2 solves at all at 4,096 tokens.
@@ -105,6 +115,20 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         "metric-needle": {
             "methods": [f"vecinfer:bits=2,transform=metric,sink=1,residual={r}" for r in (128, 0)],
             "tasks": ["needle"],
+            "seeds": [0],
+        },
+        # Calibrated on passages as long as the windows that are scored: --passages 32 --passage-length 1024.
+        "kvquant": {
+            "methods": [
+                f"kvquant:bits={bits},outliers={outliers:g},sink=1,residual=0"
+                for bits, outliers in itertools.product((4, 3, 2), (0.01, 0))
+            ],
+            "tasks": [text],
+            "seeds": [0],
+        },
+        "kvquant-ablations": {
+            "methods": [f"kvquant:{settings},residual=0" for settings in KVQUANT_ABLATIONS],
+            "tasks": [text],
             "seeds": [0],
         },
         "codes": {"methods": windowed([*PAPER, *BASELINES], (0,)), "tasks": [error], "seeds": [0, 1, 2]},

@@ -182,6 +182,19 @@ def metric() -> str:
     return table(["transform", "bits", "residual", "seeds", "perplexity"], cells)
 
 
+def kvquant() -> str:
+    """KVQuant's widths and ablations without a window, calibrated on passages as long as the windows."""
+    rows = [row for row in rows_of(SMOLLM2, "perplexity", length=1024) if row["method"]["name"] == "kvquant"]
+    cells = []
+    for row in sorted(rows, key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
+        method, result = row["method"], row["result"]
+        usual = {"residual": 0, "sink": 1}
+        label = method_label({key: value for key, value in method.items() if usual.get(key) != value})
+        numbers = [f"{result[name]:{form}}" for name, form in (("perplexity", ".2f"), ("kl", ".4f"))]
+        cells.append([label.removeprefix("kvquant "), f"{result['bits_per_element']:.3g}", *numbers])
+    return table(["kvquant", "bits", "perplexity", "KL, nats"], cells)
+
+
 def formats() -> str:
     """Perplexity by the keys' format (rows) and the values' (columns), without a window, one seed."""
     found: dict[tuple[str, str], float] = {}
@@ -207,6 +220,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "long": long_texts,
     "formats": formats,
     "metric": metric,
+    "kvquant": kvquant,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),
     "gsm8k": answers("gsm8k", QWEN),

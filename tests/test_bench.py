@@ -25,6 +25,15 @@ def test_a_step_is_timed_over_a_full_cache(bench):
     assert row.cache_bytes["codes"] > 0
 
 
+def test_random_outliers_are_finite_and_in_their_tile(bench):
+    row = bench.step(vj.KVQuant(bits=2), 2, 100, repeats=1)
+    assert row.ms_per_step > 0
+    _, state = bench.prepare(vj.KVQuant(bits=2), 1, 100, 1)
+    words = np.asarray(state.caches[0].store.key_outliers)
+    assert len(np.unique(words)) > 10 and np.all((words & 0xFFFF) < 64 * 64)
+    assert np.all(np.abs((words >> 16).astype(np.uint16).view(np.float16)) < 1)
+
+
 def test_every_layer_attends_to_all_tokens(bench):
     """A step's output depends on what the far end of every layer's cache holds."""
     engine, state = bench.prepare(vj.VecInfer(bits=2, residual=8), 1, 200, MANY)

@@ -21,7 +21,7 @@ from vecinfer_jax.plan import RESERVE, bytes_read, cache_bytes, milliseconds, pl
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 CONFIG = dataclasses.replace(small.CONFIG, num_layers=2)
-METHODS = [vj.FullPrecision(), vj.VecInfer(bits=2, residual=8), vj.KIVI(residual=4)]
+METHODS = [vj.FullPrecision(), vj.VecInfer(bits=2, residual=8), vj.KIVI(residual=4), vj.KVQuant(residual=4)]
 
 
 def of(method, tokens=1000, memory=RESERVE + 2**24):

@@ -125,6 +125,11 @@ class WindowedMethod(CacheMethod):
 
         return coded_attention(q, read, slots, count, layer.num_kv_heads, layer.scale, self.token_group)
 
+    def outliers_held(self, store: Store) -> Int[Array, "2"]:
+        """Elements that the store keeps beside the codes, and those for which it had no room."""
+        del store
+        return jnp.zeros((2,), jnp.int32)
+
     # -- the protocol
 
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> WindowedCache:

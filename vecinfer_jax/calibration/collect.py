@@ -37,6 +37,11 @@ class Activations:
     statistics: list[LayerStatistics]
     metadata: dict[str, Any]
 
+    @property
+    def with_gradients(self) -> bool:
+        """Whether the loss's gradients are among the statistics."""
+        return all(layer.key_gradients is not None for layer in self.statistics)
+
 
 def calibrate(
     lm: LanguageModel,

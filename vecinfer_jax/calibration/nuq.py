@@ -9,6 +9,8 @@ from jaxtyping import Float
 
 # Points are first gathered in so many intervals of equal length, where there are more; each keeps its own mean.
 INTERVALS = 1024
+# Of all weight; what weighs less would be lost in the sums.
+NEGLIGIBLE = 1e-12
 
 
 def weighted_codebook(
@@ -30,8 +32,8 @@ def weighted_codebook(
     else:
         place = np.unique(x, return_inverse=True)[1]
     mass, moment = np.bincount(place, w), np.bincount(place, w * x)
-    moment, mass = moment[mass > 0], mass[mass > 0]
-    return _optimal(moment / mass, mass, entries).astype(np.float32)
+    heavy = mass > NEGLIGIBLE * mass.sum()
+    return _optimal(moment[heavy] / mass[heavy], mass[heavy], entries).astype(np.float32)
 
 
 def _optimal(x: Float[np.ndarray, "n"], w: Float[np.ndarray, "n"], entries: int) -> Float[np.ndarray, "entries"]:
@@ -66,8 +68,8 @@ def uniform_codebook(entries: int) -> Float[np.ndarray, "entries"]:
 def q_norm(codebook: Float[np.ndarray, "entries"], points: Float[np.ndarray, "n"]) -> Float[np.ndarray, "entries"]:
     """Q-Norm (KVQuant, section 3.5): entries to decode with, c' = c s1/s2 + (m1 - m2 s1/s2).
 
-    m1, s1 are mean and deviation of the points, m2, s2 of what `codebook` makes of them, so that what is decoded has the
-    points' mean and deviation.
+    m1, s1 are mean and deviation of the points, m2, s2 of what `codebook` makes of them, so that what is decoded has
+    the points' mean and deviation.
     """
     quantised = codebook[np.searchsorted((codebook[1:] + codebook[:-1]) / 2, points)]
     mean, deviation = points.mean(dtype=np.float64), points.std(dtype=np.float64)

@@ -28,6 +28,8 @@ class CodeErrorResult:
 
     key_error, value_error: root mean square over layers of each layer's relative error.
     key_error_by_layer, value_error_by_layer: of each layer.
+    outliers, outliers_lost: elements of all layers that methods with outliers kept beside the codes, and those that
+        found no room and were clipped.
     """
 
     key_error: float
@@ -36,13 +38,19 @@ class CodeErrorResult:
     value_error_by_layer: tuple[float, ...]
     bits_per_element: float
     tokens: int
+    outliers: int = 0
+    outliers_lost: int = 0
 
 
 @struct.dataclass
 class _Sums:
-    """float32[4]: squared error and squared length of keys, then of values; store: the method's empty codes."""
+    """float32[4]: squared error and squared length of keys, then of values; int32[2]: outliers kept and lost.
+
+    store: the method's empty codes.
+    """
 
     sums: Float32[Array, "4"] = array_field("state")
+    outliers: Int[Array, "2"] = array_field("state")
     store: Any = None
 
 
@@ -55,7 +63,8 @@ class _CodeError(CacheMethod):
 
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> _Sums:
         self.method.validate(layer)
-        return _Sums(jnp.zeros((4,), jnp.float32), self.method.init_store(layer, batch, capacity, calibration))
+        empty = jnp.zeros((4,), jnp.float32), jnp.zeros((2,), jnp.int32)
+        return _Sums(*empty, self.method.init_store(layer, batch, capacity, calibration))
 
     def prefill(
         self,
@@ -67,19 +76,21 @@ class _CodeError(CacheMethod):
     ) -> tuple[Float[Array, "B T Hq D"], _Sums]:
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
         out = causal_attention(q, k, v, chunk.lengths, chunk.layer.scale)
-        count = k.shape[1] // self.method.token_group * self.method.token_group  # whole groups are coded
-        k, v = k[:, :count], v[:, :count]
+        sink, group = self.method.sink, self.method.token_group
+        count = (k.shape[1] - sink) // group * group  # sinks are never coded, all else in whole groups
+        k, v = k[:, sink : sink + count], v[:, sink : sink + count]
         held = self.method.centred(k, cache.store)
-        store = self.method.append(cache.store, held, v, chunk.positions[:, :count], chunk.layer)
+        slots = chunk.positions[:, sink : sink + count] - sink
+        store = self.method.append(cache.store, held, v, slots, chunk.layer)
         keys, values = self.method.read(store, jnp.int32(0), count, chunk.layer)
 
         def squares(x: jax.Array, given: jax.Array, coded: jax.Array) -> list[jax.Array]:
-            """Of the error of what was `given` to be coded for x, and of x; sinks are never coded."""
-            x, given = (a.swapaxes(1, 2)[:, :, self.method.sink :].astype(jnp.float32) for a in (x, given))
-            coded = coded[:, :, self.method.sink :]
+            """Of the error of what was `given` to be coded for x, and of x."""
+            x, given = (a.swapaxes(1, 2).astype(jnp.float32) for a in (x, given))
             return [jnp.sum((given - coded.astype(jnp.float32)) ** 2), jnp.sum(x**2)]
 
-        return out, _Sums(cache.sums + jnp.stack(squares(k, held, keys) + squares(v, v, values)), cache.store)
+        sums = cache.sums + jnp.stack(squares(k, held, keys) + squares(v, v, values))
+        return out, _Sums(sums, cache.outliers + self.method.outliers_held(store), cache.store)
 
     def decode(self, q, k, v, chunk, cache):  # type: ignore[no-untyped-def]
         raise NotImplementedError("code errors are measured over texts, not while decoding")
@@ -101,16 +112,21 @@ def code_error(
     Of methods that group keys along tokens: of the tokens in whole groups. Raises `InputError` where there are none.
     """
     n = lm.config.num_layers
-    groups = [getattr(method.for_layer(i, n), "token_group", 1) for i in range(n)]
-    if windows.shape[1] < max(groups):
-        raise InputError(f"windows of {windows.shape[1]} tokens hold no whole group of {max(groups)}: make them longer")
+    methods = [method.for_layer(i, n) for i in range(n)]
+    groups = [(getattr(one, "sink", 0), getattr(one, "token_group", 1)) for one in methods]
+    if windows.shape[1] < max(map(sum, groups)):
+        sink, group = max(groups, key=sum)
+        what = f"whole group of {group}" + (f" after {sink} first ones" if sink else "")
+        raise InputError(f"windows of {windows.shape[1]} tokens hold no {what}: make them longer")
     calibration = resolve_calibration(lm, method, calibration, progress=progress)
     totals = np.zeros((n, 4), np.float64)
     totals[:, [1, 3]] = 1e-30
+    outliers = np.zeros(2, np.int64)
     measured = _Measured(lm, method, calibration)
     for tokens in tqdm(windows, "windows", disable=not progress, unit="window"):
         _, caches = measured.prefill(measured.init(1, len(tokens)), tokens[None])
         totals += np.asarray([cache.sums if isinstance(cache, _Sums) else np.zeros(4) for cache in caches])
+        outliers += sum(np.asarray(cache.outliers, np.int64) for cache in caches if isinstance(cache, _Sums))
     keys = np.sqrt(totals[:, 0] / totals[:, 1])
     values = np.sqrt(totals[:, 2] / totals[:, 3])
     return CodeErrorResult(
@@ -119,7 +135,9 @@ def code_error(
         key_error_by_layer=tuple(float(x) for x in keys),
         value_error_by_layer=tuple(float(x) for x in values),
         bits_per_element=bits_per_element(lm, method),
-        tokens=windows.shape[0] * min(windows.shape[1] // g * g for g in groups),
+        tokens=windows.shape[0] * min((windows.shape[1] - sink) // group * group for sink, group in groups),
+        outliers=int(outliers[0]),
+        outliers_lost=int(outliers[1]),
     )
 
 

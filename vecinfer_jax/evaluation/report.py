@@ -60,6 +60,10 @@ def write_report(directory: str | Path, plots: bool = True) -> Path:
 # -- tables
 
 
+# KVQuant's settings but for bits, outliers and Q-Norm.
+KVQUANT = {"fisher": True, "keys": "per-channel", "rope": "pre", "codebook": "nuq", "capped": True}
+
+
 def method_label(method: Mapping[str, Any]) -> str:
     """A method's settings, short: "vecinfer 2 bit, residual=0". Settings at their usual values are left out."""
     shown = []
@@ -70,7 +74,7 @@ def method_label(method: Mapping[str, Any]) -> str:
         shown.append(key if key == value else f"K {key} V {value}")
     elif bits is not None:
         shown.append(f"{bits:g} bit")
-    usual = {"sink": 0, "transform": "smooth-hadamard", "scope": "layer_head"}
+    usual = {"sink": 0, "transform": "smooth-hadamard", "scope": "layer_head"} | KVQUANT
     shown += [f"{k}={v}" for k, v in rest.items() if usual.get(k, ...) != v and v is not None]
     return " ".join([method["name"], ", ".join(shown)]).strip()
 

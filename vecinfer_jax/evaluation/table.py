@@ -227,18 +227,25 @@ class Table:
                 except CalibrationError:
                     pass  # damaged: made again
             seed = row.seed or 0
-            activations = self._once(("activations", seed), lambda: self._collect(seed))
-            made = fit(self.lm, row.method, activations, progress=False)
+            made = fit(self.lm, row.method, self._activations(seed, row.method.needs_gradients), progress=False)
             made.save(directory, force=True)
             return made
 
         return self._once(("calibration", digest), make)
 
-    def _collect(self, seed: int) -> Activations:
+    def _activations(self, seed: int, gradients: bool) -> Activations:
+        """With gradients too, which change nothing else, where a method before wanted them."""
+        held = self._kept.get("activations")
+        if gradients and held is not None and not held[1].with_gradients:
+            del self._kept["activations"]
+        return self._once(("activations", seed), lambda: self._collect(seed, gradients))
+
+    def _collect(self, seed: int, gradients: bool) -> Activations:
         texts = self._texts
         if texts is not None:
             texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
-        return collect(self.lm, texts, seed=seed, progress=False, **self._calibrate)
+        options = self._calibrate | ({"gradients": True} if gradients else {})
+        return collect(self.lm, texts, seed=seed, progress=False, **options)
 
     def _kept_for(self, key: Any, make: Callable[[], Any]) -> Any:
         """What every method needs of a task."""
