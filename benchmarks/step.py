@@ -37,6 +37,7 @@ ROWS = [
     # Queries through a dense map in the place of lambda and the Hadamard matrix.
     (1, 196608, "vecinfer:bits=2,transform=metric,sink=1"),
     (12, 32768, "vecinfer:bits=2,transform=metric,sink=1"),
+    (12, 32768, "vecinfer:bits=2,sink=1"),
 ]
 
 

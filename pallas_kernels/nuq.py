@@ -12,6 +12,7 @@ is 0, which adds 0 to the tile's first element.
 
 import functools
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +86,12 @@ def dense_values(
 ) -> Float32[Array, "B Hkv S D"]:
     """Values without their outliers."""
     return dense_tokens(packing.unpack(codes, _bits(codebook), dim), scale_zero, codebook)
+
+
+def value_entries(codebook: Float32[Array, "K"], dtype: Any) -> Float32[Array, "K"]:
+    """A codebook of values as it is read beside queries of `dtype`: 16-bit ones mean entries of bfloat16, as tensor
+    cores multiply them with weights that bfloat16 alone is wide enough for."""
+    return codebook.astype(jnp.bfloat16).astype(jnp.float32) if jnp.dtype(dtype).itemsize == 2 else codebook
 
 
 def _bits(codebook: Array) -> int:

@@ -48,7 +48,8 @@ def nuq_decode_attention(
         key_codes, value_codes: a token's codes packed (`packing.pack`), keys' in the order `nuq.pair_order(D)` of
             channels, values' in their own. S is a multiple of `nuq.TILE`, D of 8 and at most `nuq.MAX_DIM`.
         key_scale, key_zero: of each channel.
-        key_codebook, value_codebook: 2, 4, 8 or 16 ascending entries.
+        key_codebook, value_codebook: 2, 4, 8 or 16 ascending entries; values' count as rounded to bfloat16 for 16-bit
+            queries.
         value_scale_zero: (s, z) of each token.
         key_outliers, value_outliers: pools, one a tile of a KV head, of 32-bit words: low half token_in_tile * D +
             channel, high half the float16 difference; 0: empty. No place stands twice. None: no outliers. Differences

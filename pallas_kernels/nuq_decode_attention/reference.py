@@ -64,6 +64,8 @@ def nuq_decode_attention(
             of_chunks = nuq.angles(first_position + starts, inverse_frequencies)
             turns = [jnp.asarray(x) for x in (*of_chunks, *nuq.angles(np.arange(chunk), inverse_frequencies))]
 
+        entries = nuq.value_entries(value_codebook, q.dtype)
+
         def step(i, carry):
             start = jnp.asarray(starts, jnp.int32)[i]
             position = start + jnp.arange(chunk)
@@ -71,7 +73,7 @@ def nuq_decode_attention(
             tile = start // nuq.TILE
             keys = nuq.dense_keys(_rows(key_codes, start, chunk), key_scale, key_zero, key_codebook)
             scale_zero = lax.dynamic_slice_in_dim(value_scale_zero, start, chunk, axis=1)
-            values = nuq.dense_values(_rows(value_codes, start, chunk), scale_zero, value_codebook, dim)
+            values = nuq.dense_values(_rows(value_codes, start, chunk), scale_zero, entries, dim)
             if key_outliers is not None:
                 keys += nuq.outliers_of(_rows(key_outliers, tile, chunk // nuq.TILE), dim)
             if value_outliers is not None:

@@ -193,6 +193,11 @@ class Nuq:
         ends = ".".join(map(str, self.lengths))
         return f"D{self.dim}-G{self.group}-nuq{self.bits}-o{self.outliers}-{kind}-{self.dtype}-{ends}of{self.tokens}"
 
+    @property
+    def hopper(self) -> bool:
+        """Whether the Mosaic GPU kernel serves it."""
+        return self.dim in (64, 128) and self.dtype != "float32" and self.group <= 8
+
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         rng = np.random.default_rng(seed)
         batch, heads, dim = len(self.lengths), self.kv_heads, self.dim
@@ -229,4 +234,12 @@ NUQ = [
     Nuq(bits=3, dim=80, group=2, rope=False, lengths=(5, 64), tokens=64),
     Nuq(bits=3, dim=128, group=4, dtype="bfloat16", first_position=0, theta=5e5),
     Nuq(bits=4, dim=16, group=5, outliers=4, lengths=(1, 130), tokens=192, first_position=4),
+    Nuq(bits=3, dim=64, group=5, dtype="float16", lengths=(0, 128), tokens=128),
+]
+# On a device: long rows, and shapes of models.
+NUQ_ON_DEVICE = [
+    *NUQ,
+    Nuq(bits=2, dim=128, group=4, dtype="bfloat16", outliers=112, lengths=(0, 1, 4095, 131072), tokens=131072),
+    Nuq(bits=3, dim=64, group=3, dtype="bfloat16", outliers=64, lengths=(5000, 4096), tokens=5056, kv_heads=3),
+    Nuq(bits=4, dim=128, group=1, dtype="bfloat16", outliers=0, lengths=(32768,), tokens=32768),
 ]

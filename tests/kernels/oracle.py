@@ -169,6 +169,8 @@ def nuq_decode_attention(
     value_outliers, lengths, scale, inverse_frequencies, first_position,
 ):  # fmt: skip
     """Softmax over each row's own tokens; output and log-sum-exp."""
+    if q.dtype.itemsize == 2:
+        value_codebook = value_codebook.astype("bfloat16")
     batch, query_heads, dim = q.shape
     kv_heads = key_codes.shape[1]
     group = query_heads // kv_heads

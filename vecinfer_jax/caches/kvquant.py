@@ -42,7 +42,8 @@ class KVQuantStore:
     key_scale_zero:               the same of its keys, where these are quantised per token.
     key_scale, key_zero:          float32[Hkv, D], of each channel, where keys are quantised per channel.
     key_codebook, value_codebook: float32[2^bits], on [-1, 1], which codes are chosen by.
-    key_entries, value_entries:   float32[2^bits], which they are read with (Q-Norm; else the same).
+    key_entries, value_entries:   float32[2^bits], which they are read with (Q-Norm; else the same); values' rounded to
+                                  bfloat16 in 16-bit models (`nuq.value_entries`).
     reach:                        float32[2], how far beyond the rest a token's keys, values are outliers, in widths.
     key_overflow, value_overflow: int32[B], outliers that found no slot and were clipped to the range.
     """
@@ -212,7 +213,7 @@ class KVQuant(WindowedMethod):
             key_codebook=fitted("key_codebook"),
             value_codebook=fitted("value_codebook"),
             key_entries=entries("key"),
-            value_entries=entries("value"),
+            value_entries=nuq.value_entries(entries("value"), layer.dtype),
             reach=fitted("reach"),
             key_overflow=jnp.zeros((batch,), jnp.int32),
             value_overflow=jnp.zeros((batch,), jnp.int32),
