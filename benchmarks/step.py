@@ -38,6 +38,11 @@ ROWS = [
     (1, 196608, "vecinfer:bits=2,transform=metric,sink=1"),
     (12, 32768, "vecinfer:bits=2,transform=metric,sink=1"),
     (12, 32768, "vecinfer:bits=2,sink=1"),
+    # KVQuant; a million tokens of Llama-2-7B's shapes on one card.
+    (1, 1000000, "kvquant:bits=2,outliers=0"),
+    (1, 65536, "kvquant:bits=2,outliers=0"),
+    (1, 65536, "kvquant:bits=3,outliers=0.01"),
+    (1, 65536, "kvquant:bits=4,outliers=0.01"),
 ]
 
 
