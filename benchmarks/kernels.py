@@ -414,7 +414,8 @@ def time_nuq() -> Iterator[dict]:
             def call(q, *arrays, which="mosaic_gpu", options=options):
                 return nuq_decode_attention(q, *arrays, **options, implementation=which)
 
-            last = [q[-1:, -group:], *(x[-1:, -1:] for x in codes), key_scale[-1:], key_zero[-1:], book, book]
+            entries = nuq.value_entries(book, q.dtype)
+            last = [q[-1:, -group:], *(x[-1:, -1:] for x in codes), key_scale[-1:], key_zero[-1:], book, entries]
             last += [scale_zero[-1:], *(x if x is None else x[-1:, -1:] for x in pools), lengths[-1:]]
             want = call(last[0].astype(jnp.float32), *last[1:], which="xla")
             got = [x[-1:, -group:] for x in jax.jit(call)(q, *arrays)]

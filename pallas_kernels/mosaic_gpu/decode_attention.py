@@ -42,7 +42,6 @@ SHARED_BYTES = 226 * 1024
 BLOCK = 8  # tokens of one tensor core operation
 HEADS = 4  # query heads of one tensor core operation
 _WARP, _WARPS = 32, 4  # lanes a warp, warps a warpgroup
-CHAINS = 1  # sums of a score that are under way at once
 _SLACK = 8.0  # how far, in powers of two, a score may exceed the running maximum
 _LOG2_E = math.log2(math.e)
 
@@ -683,11 +682,11 @@ def _load_queries(p: Problem, q: Pointer, block: int, r: Reg, j: Reg) -> list[tu
 
 def products(key: list[Reg], queries: list, operand: str) -> list[Reg]:
     """q . k of 8 tokens: in lane (r, j) of row r with head j of each four heads."""
-    sums = [[[f32(0.0)] * 4 for _ in queries] for _ in range(CHAINS)]
+    sums = [[f32(0.0)] * 4 for _ in queries]
     for step in range(len(key) // 4):
-        a, chain = key[4 * step : 4 * step + 4], step % CHAINS
-        sums[chain] = [lanes.mma(c, a, b[step], operand) for c, b in zip(sums[chain], queries, strict=True)]
-    return [lanes.reduce(Reg.__add__, [x for c in chains for x in (c[0], c[3])]) for chains in zip(*sums, strict=True)]
+        a = key[4 * step : 4 * step + 4]
+        sums = [lanes.mma(c, a, b[step], operand) for c, b in zip(sums, queries, strict=True)]
+    return [c[0] + c[3] for c in sums]
 
 
 def make_room(p: Problem, scores: list[list[Reg]], state: list) -> list:

@@ -36,7 +36,7 @@ from pallas_kernels.vq_decode_attention import mosaic_gpu as vq
 TILE = nuq.TILE  # tokens whose outliers lie together
 _COARSE = 64  # tiles between two coarse rotations
 _GROUPS = TILE // BLOCK
-_WARPGROUPS = 2
+_WARPGROUPS = 2  # of a multiprocessor: more would have too few registers
 # Elements that are looked up at once, by bits a code.
 _AT_ONCE = {2: 4, 3: 2, 4: 2}
 _MOST_HEADS = 8
@@ -161,7 +161,8 @@ def nuq_decode_attention(
         value_scale_zero = jnp.zeros((batch, TILE, 2), jnp.float16)
         key_outliers = value_outliers = None
         tokens, lengths = TILE, jnp.zeros_like(lengths)
-    config = config or choose_config(batch * kv_heads, tokens, num_splits)
+    key_slots, value_slots = (0 if slots is None else slots.shape[3] for slots in (key_outliers, value_outliers))
+    config = config or choose_config(batch * kv_heads, tokens, bool(key_slots or value_slots), num_splits)
 
     # Keys are multiplied in float16, whose range holds their scale and whose ten bits their rotations; weights of
     # values, far apart, in bfloat16.
@@ -169,7 +170,6 @@ def nuq_decode_attention(
         vq.Format(dim, _AT_ONCE[width], _AT_ONCE[width] * width, element)
         for width, element in zip(bits, ("f16", "bf16"), strict=True)
     )
-    key_slots, value_slots = (0 if slots is None else slots.shape[3] for slots in (key_outliers, value_outliers))
     key_table, value_table = vq.side_by_side(key_format, value_format, (True, True))
     end = -(-max(key_table.shared_end, value_table.shared_end) // 16) * 16
     settings = Settings(key_slots, value_slots, end if key_slots else -1)
@@ -205,10 +205,12 @@ def nuq_decode_attention(
     )
 
 
-def choose_config(rows: int, tokens: int, num_splits: int | None) -> Config:
-    """Every multiprocessor takes its share of the tiles."""
-    blocks = rows * num_splits if num_splits else dispatch.multiprocessors()
-    return Config(_GROUPS, _WARPGROUPS, max(1, min(blocks, rows * -(-tokens // TILE))))
+def choose_config(rows: int, tokens: int, sparse: bool, num_splits: int | None) -> Config:
+    """Every multiprocessor takes its share of the tiles, as two blocks where the shared memory of both fits: then one
+    begins or ends a row while the other goes on."""
+    warpgroups = _WARPGROUPS if sparse else 1
+    blocks = rows * num_splits if num_splits else dispatch.multiprocessors() * (_WARPGROUPS // warpgroups)
+    return Config(_GROUPS, warpgroups, max(1, min(blocks, rows * -(-tokens // TILE))))
 
 
 def combinations(codebook: Float[Array, "K"], count: int) -> Float[Array, "1 Kn n"]:
