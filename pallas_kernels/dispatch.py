@@ -22,6 +22,7 @@ TABLE = {
         "xla": "pallas_kernels.hadamard.reference",
     },
     "nuq_decode_attention": {
+        "triton": "pallas_kernels.nuq_decode_attention.triton",
         "xla": "pallas_kernels.nuq_decode_attention.reference",
     },
     "rms_norm": {

@@ -169,3 +169,84 @@ ENCODE_ON_DEVICE = [
         for transform in ("", "affine", "hadamard", "matrix")
     ),
 ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Nuq:
+    """A decoding step over non-uniformly quantised keys and values; `outliers` slots a pool, 0: none."""
+
+    dim: int = 64
+    group: int = 3
+    bits: int = 3
+    value_bits: int | None = None
+    outliers: int = 24
+    dtype: str = "float32"
+    lengths: tuple[int, ...] = (0, 1, 63, 64, 65, 200)
+    tokens: int = 256
+    kv_heads: int = 2
+    rope: bool = True
+    first_position: int = 1
+    theta: float = 1e4
+
+    @property
+    def triton(self) -> bool:
+        """Whether the Triton kernel serves it."""
+        return self.dim in (32, 64, 128, 256)
+
+    def __str__(self) -> str:
+        kind = "pre" if self.rope else "post"
+        ends = ".".join(map(str, self.lengths))
+        return f"D{self.dim}-G{self.group}-nuq{self.bits}-o{self.outliers}-{kind}-{self.dtype}-{ends}of{self.tokens}"
+
+    def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
+        rng = np.random.default_rng(seed)
+        batch, heads, dim = len(self.lengths), self.kv_heads, self.dim
+        q = jnp.asarray(rng.normal(size=(batch, heads * self.group, dim)), self.dtype)
+        codes, books = [], []
+        for bits in (self.bits, self.value_bits or self.bits):
+            drawn = rng.integers(0, 2**bits, (batch, heads, self.tokens, dim))
+            codes.append(jnp.asarray(oracle.pack(drawn, bits)))
+            books.append(jnp.asarray(np.sort(rng.uniform(-1, 1, 2**bits)), jnp.float32))
+        scale = jnp.asarray(rng.uniform(0.3, 2.0, (heads, dim)), jnp.float32)
+        zero = jnp.asarray(rng.normal(size=(heads, dim)), jnp.float32)
+        scale_zero = np.stack([rng.uniform(0.3, 2.0, (batch, self.tokens)), rng.normal(size=(batch, self.tokens))], -1)
+        pools = [self._pool(rng) if self.outliers else None for _ in range(2)]
+        arrays = (q, *codes, scale, zero, *books, jnp.asarray(scale_zero, jnp.float16), *pools)
+        inverse = tuple(self.theta ** -(np.arange(dim // 2) / (dim // 2))) if self.rope else None
+        options = {"scale": dim**-0.5, "inverse_frequencies": inverse, "first_position": self.first_position}
+        return (*arrays, jnp.array(self.lengths, jnp.int32)), options
+
+    def _pool(self, rng):
+        """Some slots of each pool filled, from the first on, at places that are all different."""
+        shape = (len(self.lengths), self.kv_heads, self.tokens // 64)
+        place = rng.permuted(np.broadcast_to(np.arange(64 * self.dim), (*shape, 64 * self.dim)), axis=-1)
+        difference = (3 * rng.normal(size=(*shape, self.outliers))).astype(np.float16).view(np.uint16)
+        words = place[..., : self.outliers].astype(np.uint32) | (difference.astype(np.uint32) << 16)
+        filled = rng.integers(0, self.outliers + 1, (*shape, 1))
+        return jnp.asarray(np.where(np.arange(self.outliers) < filled, words, 0), jnp.uint32)
+
+
+NUQ = [
+    Nuq(),
+    Nuq(bits=4, dim=128, group=4, dtype="bfloat16"),
+    Nuq(bits=2, dim=64, group=1, outliers=0, lengths=(63, 200)),
+    Nuq(bits=2, value_bits=4, dim=128, group=8, lengths=(65, 0), tokens=128, dtype="float16"),
+    Nuq(bits=3, dim=80, group=2, rope=False, lengths=(5, 64), tokens=64),
+    Nuq(bits=3, dim=128, group=4, dtype="bfloat16", first_position=0, theta=5e5),
+    Nuq(bits=4, dim=16, group=5, outliers=4, lengths=(1, 130), tokens=192, first_position=4),
+    Nuq(bits=3, value_bits=1, dim=32, group=9, outliers=40, lengths=(5, 70), tokens=128),
+]
+
+# On a device, compiled: all formats and long rows.
+NUQ_ON_DEVICE = [
+    *NUQ,
+    *(
+        Nuq(bits=bits, dim=dim, group=group, outliers=outliers, dtype=dtype, lengths=(0, 1, 500, 512), tokens=512)
+        for bits in (2, 3, 4)
+        for dim, group, dtype in ((64, 4, "float32"), (128, 4, "bfloat16"))
+        for outliers in (0, 82)
+    ),
+    Nuq(bits=1, value_bits=3, dim=256, group=16, outliers=200, lengths=(70,), tokens=128, kv_heads=1, dtype="bfloat16"),
+    Nuq(dim=256, bits=3, group=8, dtype="float16", rope=False, lengths=(100,), tokens=128),
+    Nuq(dim=128, bits=4, outliers=20, dtype="bfloat16", lengths=(32768,), tokens=32768, kv_heads=1, theta=5e5),
+]

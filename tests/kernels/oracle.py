@@ -134,3 +134,67 @@ def merge(outputs, lses):
     total = weights.sum(0)
     safe = np.where(total > 0, total, 1.0)
     return (weights[..., None] * outputs).sum(0) / safe[..., None], np.where(total > 0, top + np.log(safe), EMPTY)
+
+
+def nuq_pair_order(dim: int) -> list[int]:
+    """Channel at each place of a coded key: a quarter is an eighth of the channels, then their rotary partners."""
+    return [
+        half * dim // 2 + quarter * dim // 8 + i for quarter in range(4) for half in (0, 1) for i in range(dim // 8)
+    ]
+
+
+def nuq_outliers(words, dim: int) -> np.ndarray:
+    """Pools of words [tiles, slots] as differences [tokens, D], word by word."""
+    words = np.asarray(words)
+    out = np.zeros((words.shape[0] * 64, dim))
+    for tile, pool in enumerate(words):
+        for word in pool:
+            place = int(word) & 0xFFFF
+            difference = np.array(int(word) >> 16, np.uint16).view(np.float16)
+            if place < 64 * dim:
+                out[tile * 64 + place // dim, place % dim] += float(difference)
+    return out
+
+
+def turned(x: np.ndarray, positions: np.ndarray, inverse_frequencies) -> np.ndarray:
+    """RoPE of [tokens, D] with float64 angles."""
+    angle = positions[:, None] * np.asarray(inverse_frequencies, np.float64)
+    left, right = np.split(x, 2, axis=-1)
+    return np.concatenate(
+        [left * np.cos(angle) - right * np.sin(angle), right * np.cos(angle) + left * np.sin(angle)], axis=-1
+    )
+
+
+def nuq_decode_attention(
+    q, key_codes, value_codes, key_scale, key_zero, key_codebook, value_codebook, value_scale_zero, key_outliers,
+    value_outliers, lengths, scale, inverse_frequencies, first_position,
+):  # fmt: skip
+    """Softmax over each row's own tokens; output and log-sum-exp."""
+    batch, query_heads, dim = q.shape
+    kv_heads = key_codes.shape[1]
+    group = query_heads // kv_heads
+    output, lse = np.zeros(q.shape), np.full((batch, query_heads), EMPTY)
+    bits = [int(math.log2(book.shape[0])) for book in (key_codebook, value_codebook)]
+    natural = np.argsort(nuq_pair_order(dim))
+    for b in range(batch):
+        n = int(lengths[b])
+        for h in range(kv_heads if n else 0):
+            index = unpack(np.asarray(key_codes)[b, h, :n], bits[0], dim)[:, natural]
+            keys = float64(key_codebook)[index] * float64(key_scale)[h] + float64(key_zero)[h]
+            index = unpack(np.asarray(value_codes)[b, h, :n], bits[1], dim)
+            of_token = float64(value_scale_zero)[b, :n]
+            values = float64(value_codebook)[index] * of_token[:, :1] + of_token[:, 1:]
+            if key_outliers is not None:
+                keys = keys + nuq_outliers(key_outliers[b, h], dim)[:n]
+            if value_outliers is not None:
+                values = values + nuq_outliers(value_outliers[b, h], dim)[:n]
+            if inverse_frequencies is not None:
+                keys = turned(keys, first_position + np.arange(n), inverse_frequencies)
+            heads = slice(h * group, (h + 1) * group)
+            scores = scale * float64(q)[b, heads] @ keys.T
+            top = scores.max(-1, keepdims=True)
+            weights = np.exp(scores - top)
+            total = weights.sum(-1, keepdims=True)
+            output[b, heads] = weights / total @ values
+            lse[b, heads] = (top + np.log(total))[:, 0]
+    return output, lse
