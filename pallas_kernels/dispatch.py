@@ -23,6 +23,7 @@ TABLE = {
     },
     "nuq_decode_attention": {
         "mosaic_gpu": "pallas_kernels.nuq_decode_attention.mosaic_gpu",
+        "triton": "pallas_kernels.nuq_decode_attention.triton",
         "xla": "pallas_kernels.nuq_decode_attention.reference",
     },
     "rms_norm": {

@@ -194,17 +194,17 @@ def _attend(
     heads = jnp.arange(config.heads)
     length = jnp.clip(plt.load(lengths_ref.at[row // kv_heads]), 0, tokens)
     q = plt.load(q_ref.at[row, pl.ds(0, config.heads), :], mask=(heads < group)[:, None], other=0)
-    first, last = _share(length, split, config)
+    first, last = share(length, split, config.tokens, config.splits)
 
     def visit(tile, carry):
         at = row, tile * config.tokens, length
         *softmax, output = carry
         codes = _load_codes(key_codes_ref, key_codebook_ref, dim, *at, config)
-        scores = _score(_look_up(codes, key_codebook_ref, head), q, scale, *at[1:])
+        scores = _score(look_up(codes, key_codebook_ref, head), q, scale, *at[1:])
         top, total, weights, shrink = _softmax(scores, *softmax)
         codes = _load_codes(value_codes_ref, value_codebook_ref, dim, *at, config)
-        values = _look_up(codes, value_codebook_ref, head)
-        return top, total, output * shrink[None, :] + _dot(values.T, weights.astype(values.dtype))
+        values = look_up(codes, value_codebook_ref, head)
+        return top, total, output * shrink[None, :] + dot(values.T, weights.astype(values.dtype))
 
     start = (
         jnp.full((config.heads,), split_k.EMPTY, jnp.float32),
@@ -212,13 +212,13 @@ def _attend(
         jnp.zeros((dim, config.heads), jnp.float32),
     )
     top, total, output = lax.fori_loop(first, last, visit, start)
-    _store(output_ref, lse_ref, row, split, top, total, output)
+    store(output_ref, lse_ref, row, split, top, total, output)
 
 
-def _share(length, split, config: Config):
+def share(length, split, tile: int, splits: int):
     """The tiles that a split reads: an equal share of those that hold tokens."""
-    tiles = (length + config.tokens - 1) // config.tokens
-    each = (tiles + config.splits - 1) // config.splits
+    tiles = (length + tile - 1) // tile
+    each = (tiles + splits - 1) // splits
     first = jnp.minimum(split * each, tiles)
     return first, jnp.minimum(first + each, tiles)
 
@@ -277,7 +277,7 @@ def _unpack(codes_ref, row, start, mask, shape: tuple[int, int], bits: int) -> A
     return (code >> (bit % 8)) & (2**bits - 1)
 
 
-def _look_up(index: Array, codebook_ref, head) -> Array:
+def look_up(index: Array, codebook_ref, head) -> Array:
     """The centroids of [T, M] codes, as [T, D]."""
     shared, _, size = codebook_ref.shape
     wide = (*index.shape, size)
@@ -287,7 +287,7 @@ def _look_up(index: Array, codebook_ref, head) -> Array:
     return vectors.reshape(index.shape[0], index.shape[1] * size)
 
 
-def _dot(a: Array, b: Array) -> Array:
+def dot(a: Array, b: Array) -> Array:
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     return jnp.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
@@ -295,7 +295,7 @@ def _dot(a: Array, b: Array) -> Array:
 def _score(keys: Array, q: Array, scale: float, start, length) -> Float[Array, "T N"]:
     """Scores in units of log 2, `EMPTY` for tokens that do not count."""
     valid = start + jnp.arange(keys.shape[0]) < length
-    return jnp.where(valid[:, None], _dot(keys, q.T) * (scale * _LOG2_E), split_k.EMPTY)
+    return jnp.where(valid[:, None], dot(keys, q.T) * (scale * _LOG2_E), split_k.EMPTY)
 
 
 def _softmax(scores: Array, top: Array, total: Array) -> tuple[Array, Array, Array, Array]:
@@ -309,7 +309,7 @@ def _softmax(scores: Array, top: Array, total: Array) -> tuple[Array, Array, Arr
     return new, total * shrink + jnp.sum(weights, axis=0), weights, shrink
 
 
-def _store(output_ref, lse_ref, row, split, top, total, output):
+def store(output_ref, lse_ref, row, split, top, total, output):
     heads = jnp.arange(top.shape[0])
     exists, some = heads < output_ref.shape[1], total > 0
     safe = jnp.where(some, total, 1.0)

@@ -188,6 +188,11 @@ class Nuq:
     first_position: int = 1
     theta: float = 1e4
 
+    @property
+    def triton(self) -> bool:
+        """Whether the Triton kernel serves it."""
+        return self.dim in (32, 64, 128, 256)
+
     def __str__(self) -> str:
         kind = "pre" if self.rope else "post"
         ends = ".".join(map(str, self.lengths))
@@ -196,7 +201,8 @@ class Nuq:
     @property
     def hopper(self) -> bool:
         """Whether the Mosaic GPU kernel serves it."""
-        return self.dim in (64, 128) and self.dtype != "float32" and self.group <= 8
+        widths = {self.bits, self.value_bits or self.bits}
+        return self.dim in (64, 128) and self.dtype != "float32" and self.group <= 8 and widths <= {2, 3, 4}
 
     def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
         rng = np.random.default_rng(seed)
@@ -235,11 +241,21 @@ NUQ = [
     Nuq(bits=3, dim=128, group=4, dtype="bfloat16", first_position=0, theta=5e5),
     Nuq(bits=4, dim=16, group=5, outliers=4, lengths=(1, 130), tokens=192, first_position=4),
     Nuq(bits=3, dim=64, group=5, dtype="float16", lengths=(0, 128), tokens=128),
+    Nuq(bits=3, value_bits=1, dim=32, group=9, outliers=40, lengths=(5, 70), tokens=128),
 ]
-# On a device: long rows, and shapes of models.
+
+# On a device, compiled: all formats and long rows.
 NUQ_ON_DEVICE = [
     *NUQ,
+    *(
+        Nuq(bits=bits, dim=dim, group=group, outliers=outliers, dtype=dtype, lengths=(0, 1, 500, 512), tokens=512)
+        for bits in (2, 3, 4)
+        for dim, group, dtype in ((64, 4, "float32"), (128, 4, "bfloat16"))
+        for outliers in (0, 82)
+    ),
+    Nuq(bits=1, value_bits=3, dim=256, group=16, outliers=200, lengths=(70,), tokens=128, kv_heads=1, dtype="bfloat16"),
+    Nuq(dim=256, bits=3, group=8, dtype="float16", rope=False, lengths=(100,), tokens=128),
+    Nuq(dim=128, bits=4, outliers=20, dtype="bfloat16", lengths=(32768,), tokens=32768, kv_heads=1, theta=5e5),
     Nuq(bits=2, dim=128, group=4, dtype="bfloat16", outliers=112, lengths=(0, 1, 4095, 131072), tokens=131072),
     Nuq(bits=3, dim=64, group=3, dtype="bfloat16", outliers=64, lengths=(5000, 4096), tokens=5056, kv_heads=3),
-    Nuq(bits=4, dim=128, group=1, dtype="bfloat16", outliers=0, lengths=(32768,), tokens=32768),
 ]

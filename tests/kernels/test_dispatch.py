@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import dispatch, hadamard, vq_decode_attention, vq_encode
+from pallas_kernels import dispatch, hadamard, nuq_decode_attention, vq_decode_attention, vq_encode
 from tests.kernels import cases
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -49,6 +49,18 @@ def test_vq_encode_lowers_for_cuda(case, implementation):
 def test_vq_decode_attention_lowers_for_cuda(case, implementation):
     arrays, options = case.arguments()
     lower_for_cuda(lambda *a: vq_decode_attention(*a, **options, implementation=implementation), *arrays)
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, "triton") for c in cases.NUQ_ON_DEVICE[-7:] if c.triton]
+    + [(c, "mosaic_gpu") for c in cases.NUQ_ON_DEVICE if c.hopper],
+    ids=str,
+)
+def test_nuq_decode_attention_lowers_for_cuda(case, implementation):
+    arrays, options = case.arguments()
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
+    lower_for_cuda(lambda *a: nuq_decode_attention(*a, **options, implementation=implementation), *shapes)
 
 
 def test_kernels_lower_for_cuda_under_vmap():

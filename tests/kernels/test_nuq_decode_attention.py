@@ -4,6 +4,8 @@ Bounds: 3e-3 of the largest value on the output for 16-bit queries, 2e-5 for flo
 reach S, 3e-3 S and 2e-5 S. The oracle's angles are float64.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,11 +13,12 @@ import pytest
 
 from pallas_kernels import ExactTokens, nuq, nuq_decode_attention, split_k
 from pallas_kernels.mosaic_gpu.decode_attention import Config
-from pallas_kernels.nuq_decode_attention import mosaic_gpu, reference
+from pallas_kernels.nuq_decode_attention import mosaic_gpu, reference, triton
 from tests.kernels import cases, lane_simulator, oracle
-from tests.kernels.test_dispatch import lower_for_cuda
 
-every = pytest.mark.parametrize("how", [{"implementation": "xla"}, cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
+every = pytest.mark.parametrize("how", [*cases.EVERYWHERE, cases.MOSAIC_GPU], ids=[*cases.NAMES, "mosaic-gpu"])
+# The Triton kernel's interpret mode is slow, and what these ask of it others do, too.
+xla_and_mosaic = pytest.mark.parametrize("how", [cases.EVERYWHERE[0], cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
 
 
 @pytest.fixture(autouse=True)
@@ -51,24 +54,58 @@ def check(case: cases.Nuq, **how):
 @every
 @pytest.mark.parametrize("case", cases.NUQ, ids=str)
 def test_the_output_is_the_softmax_over_the_tokens_that_count(case, how):
-    if how == cases.MOSAIC_GPU and not case.hopper:
-        with pytest.raises(NotImplementedError, match="mosaic_gpu kernel serves"):
+    served = {"mosaic_gpu": case.hopper, "triton": case.triton}.get(how["implementation"], True)
+    if not served:
+        with pytest.raises(NotImplementedError, match="kernel serves"):
             check(case, **how)
         return
     check(case, **how)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("case", [case for case in cases.NUQ_ON_DEVICE if case.hopper], ids=str)
-def test_the_output_is_the_softmax_over_the_tokens_that_count_on_a_device(case):
-    check(case, **cases.MOSAIC_GPU)
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, "triton") for c in cases.NUQ_ON_DEVICE if c.triton]
+    + [(c, "mosaic_gpu") for c in cases.NUQ_ON_DEVICE if c.hopper],
+    ids=str,
+)
+def test_the_output_is_the_softmax_over_the_tokens_that_count_on_a_device(case, implementation):
+    check(case, implementation=implementation)
 
 
-@pytest.mark.parametrize("case", [case for case in cases.NUQ_ON_DEVICE if case.hopper][:4], ids=str)
-def test_it_lowers_for_cuda(case, monkeypatch):
-    monkeypatch.undo()
-    arrays, options = case.arguments()
-    lower_for_cuda(lambda *a: nuq_decode_attention(*a, **options, **cases.MOSAIC_GPU), *arrays)
+def test_however_a_launch_is_shaped_the_triton_kernel_is_right(monkeypatch):
+    chosen, changes = triton.choose_config, {"splits": 3, "tokens": 16, "slots": 16, "key_codes": 4, "value_codes": 1}
+    monkeypatch.setattr(triton, "choose_config", lambda *shape: dataclasses.replace(chosen(*shape), **changes))
+    case = cases.Nuq(group=2, outliers=70, lengths=(0, 64, 101), tokens=128, kv_heads=1, dtype="bfloat16")
+    check(case, implementation="triton", interpret=True)
+
+
+def test_the_triton_kernel_sees_nothing_past_the_length():
+    case = cases.Nuq(lengths=(3, 65), tokens=128, kv_heads=1)
+    (q, *codes_before, scale, zero, key_book, value_book, of_token, keys, values, lengths), options = case.arguments()
+    how = {"implementation": "triton", "interpret": True}
+    attend = jax.jit(
+        lambda codes, pools: nuq_decode_attention(
+            q, *codes, scale, zero, key_book, value_book, of_token, *pools, lengths, **options, **how
+        )
+    )
+    past = jnp.arange(128)[:, None] >= lengths[:, None, None, None]
+    codes_after = [jnp.where(past, jnp.uint8(0xA5), x) for x in codes_before]
+    before, after = (
+        attend(codes, [jnp.where(_past(pool, lengths, case.dim), hidden, pool) for pool in (keys, values)])
+        for codes, hidden in (
+            (codes_before, jnp.uint32(0)),
+            (codes_after, jnp.uint32(0x7FFF_0FFF)),  # NaN, at a tile's last element
+        )
+    )
+    for a, b in zip(before, after, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def _past(words, lengths, dim: int):
+    """Slots of tokens past their row's length."""
+    token = jnp.arange(words.shape[2])[:, None] * nuq.TILE + (words & 0xFFFF) // dim
+    return token >= lengths[:, None, None, None]
 
 
 def test_shares_of_any_size_merge_to_the_whole():
@@ -93,7 +130,7 @@ def test_a_chunked_reference_equals_an_unchunked_one(monkeypatch):
     check(cases.Nuq(lengths=(64, 129)), implementation="xla")
 
 
-@every
+@xla_and_mosaic
 def test_what_lies_past_the_length_is_never_seen(how):
     case = cases.Nuq(lengths=(5, 70), tokens=128, outliers=0, dtype=finest(how))
     (q, keys, values, *rest), options = case.arguments()
@@ -106,7 +143,7 @@ def test_what_lies_past_the_length_is_never_seen(how):
         np.testing.assert_array_equal(a, b)
 
 
-@every
+@xla_and_mosaic
 def test_an_output_in_16_bits_is_the_float32_one_rounded(how):
     arrays, options = cases.Nuq(dtype="bfloat16").arguments()
     wide, _ = nuq_decode_attention(*arrays, **options, **how)
