@@ -63,8 +63,8 @@ def nuq_decode_attention(
         exact_q: the queries for those; default q.
         num_splits: programs that share a row; None lets the kernel choose. Affects speed and rounding only.
         out_dtype: of the output, which is rounded once.
-        implementation: "mosaic_gpu" (16-bit queries, D 64 or 128, 2 to 4 bits, up to 8 query heads a KV head), "xla",
-            or None for the best on the default device.
+        implementation: "mosaic_gpu" (16-bit queries, D 64 or 128, 2 to 4 bits, up to 8 query heads a KV head),
+            "triton", "xla", or None for the best on the default device.
         interpret: run the Pallas kernel in interpret mode (on a CPU, for tests).
 
     Returns:

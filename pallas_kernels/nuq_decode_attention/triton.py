@@ -133,7 +133,7 @@ def nuq_decode_attention(
         key_scale,
         key_zero,
         _table(key_codebook, config.key_codes).astype(dtype),
-        _table(value_codebook, config.value_codes).astype(dtype),
+        _table(nuq.value_entries(value_codebook, q.dtype), config.value_codes).astype(dtype),
         value_scale_zero,
         _pools(key_outliers),
         _pools(value_outliers),

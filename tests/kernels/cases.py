@@ -259,3 +259,14 @@ NUQ_ON_DEVICE = [
     Nuq(bits=2, dim=128, group=4, dtype="bfloat16", outliers=112, lengths=(0, 1, 4095, 131072), tokens=131072),
     Nuq(bits=3, dim=64, group=3, dtype="bfloat16", outliers=64, lengths=(5000, 4096), tokens=5056, kv_heads=3),
 ]
+
+# Of these, what is lowered for CUDA without one: every format once.
+NUQ_LOWERED = [
+    Nuq(bits=bits, dim=dim, group=group, outliers=outliers, dtype=dtype, lengths=(5,), tokens=64)
+    for bits, dim, group, outliers, dtype in (
+        (2, 128, 4, 82, "bfloat16"),
+        (3, 64, 3, 40, "float16"),
+        (4, 128, 8, 0, "bfloat16"),
+        (3, 64, 1, 20, "float32"),
+    )
+]

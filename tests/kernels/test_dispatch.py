@@ -53,8 +53,7 @@ def test_vq_decode_attention_lowers_for_cuda(case, implementation):
 
 @pytest.mark.parametrize(
     ("case", "implementation"),
-    [(c, "triton") for c in cases.NUQ_ON_DEVICE[-7:] if c.triton]
-    + [(c, "mosaic_gpu") for c in cases.NUQ_ON_DEVICE if c.hopper],
+    [(c, "triton") for c in cases.NUQ_LOWERED if c.triton] + [(c, "mosaic_gpu") for c in cases.NUQ_LOWERED if c.hopper],
     ids=str,
 )
 def test_nuq_decode_attention_lowers_for_cuda(case, implementation):
