@@ -227,18 +227,19 @@ class Table:
                 except CalibrationError:
                     pass  # damaged: made again
             seed = row.seed or 0
-            activations = self._once(("activations", seed), lambda: self._collect(seed))
+            wanted = row.method.wanted_statistics()
+            activations = self._once(("activations", (seed, wanted)), lambda: self._collect(seed, wanted))
             made = fit(self.lm, row.method, activations, progress=False)
             made.save(directory, force=True)
             return made
 
         return self._once(("calibration", digest), make)
 
-    def _collect(self, seed: int) -> Activations:
+    def _collect(self, seed: int, wanted: frozenset[str]) -> Activations:
         texts = self._texts
         if texts is not None:
             texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
-        return collect(self.lm, texts, seed=seed, progress=False, **self._calibrate)
+        return collect(self.lm, texts, seed=seed, wanted=wanted, progress=False, **self._calibrate)
 
     def _kept_for(self, key: Any, make: Callable[[], Any]) -> Any:
         """What every method needs of a task."""
