@@ -42,6 +42,20 @@ BASELINES = [
     *(f"hadamard-int:bits={bits}" for bits in (4, 3, 2)),
     *(f"plain-vq:bits={bits:g}" for bits in (4, 2, 1)),
 ]
+METRIC = "vecinfer:bits=2,transform=metric,sink=1"
+# What calibration can do beyond k-means, one at a time; all of it together is BEST.
+IDEAS = (
+    "weighted=keys",
+    "weighted=values",
+    "weighted=both",
+    "restarts=4",
+    "rotate_values=true",
+    "refine=attention",
+    "refine=kl",
+)
+BEST = "weighted=both,rotate_values=true,refine=kl"
+# Two bits on average, unequally between keys and values.
+UNEQUAL = (("d4b9", "d4b7"), ("d4b10", "d4b6"), ("d4b10", "d8b12"), ("d4b7", "d4b9"))
 # Characters of essays that are scored.
 ESSAYS = 400_000
 # Of RULER's thirteen tasks, some that SmolLM2 solves at all at 4,096 tokens.
@@ -104,6 +118,28 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         },
         "metric-needle": {
             "methods": [f"vecinfer:bits=2,transform=metric,sink=1,residual={r}" for r in (128, 0)],
+            "tasks": ["needle"],
+            "seeds": [0],
+        },
+        # Likewise, but BEST likes more text to descend on: --passages 128 --passage-length 1024.
+        "metric-ideas": {
+            "methods": [
+                f"{METRIC},residual=0",
+                *(f"{METRIC},residual=0,{idea}" for idea in IDEAS),
+                *(f"{METRIC},residual=0,key={k},value={v}" for k, v in UNEQUAL),
+                *(f"{METRIC},residual={r},{BEST}" for r in (0, 128)),
+                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (4, 1.5, 1)),
+            ],
+            "tasks": [text],
+            "seeds": [0],
+        },
+        "metric-best": {
+            "methods": [f"{METRIC},residual={r},{BEST}" for r in (0, 128)],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        "metric-best-needle": {
+            "methods": [f"{METRIC},residual={r},{BEST}" for r in (128, 0)],
             "tasks": ["needle"],
             "seeds": [0],
         },

@@ -11,6 +11,7 @@ import pytest
 import vecinfer_jax as vj
 from tests import small
 from vecinfer_jax.caches import PerLayer, VecInfer
+from vecinfer_jax.calibration import refine
 from vecinfer_jax.calibration.codebooks import codebook_of, subvectors
 from vecinfer_jax.calibration.collect import collect, fit
 from vecinfer_jax.calibration.distil import refine_model
@@ -26,6 +27,12 @@ ALL = frozenset({"weights", "windows"})
 @functools.cache
 def activations(wanted=ALL):
     return collect(small.model(), small.texts(), passages=6, passage_length=64, batch=2, wanted=wanted, progress=False)
+
+
+@pytest.fixture(autouse=True)
+def few_steps(monkeypatch):
+    monkeypatch.setattr(refine, "STEPS", 48)
+    monkeypatch.setattr(refine, "RATES", dict.fromkeys(refine.RATES, 2e-2))
 
 
 def random_attention(tokens=20, heads=2, group=3, dim=8, seed=0):
@@ -154,7 +161,7 @@ def test_the_whole_model_comes_nearer_to_full_precision():
     lm, text = small.model(), small.texts()[0]
     calibration = small.calibration_of(METRIC)
     passages = activations(frozenset()).passages
-    layers = refine_model(lm, lm.params, calibration.layers, [1] * 3, passages, seed=0, steps=60)
+    layers = refine_model(lm, lm.params, calibration.layers, [1] * 3, passages, seed=0, steps=24)
     moved = dataclasses.replace(calibration, layers=tuple(layers))
     before, after = (
         vj.evaluate.perplexity(lm, METRIC, c, text, length=64, windows=1, progress=False).kl
