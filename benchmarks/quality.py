@@ -52,6 +52,20 @@ KVQUANT_ABLATIONS = (
     *(f"bits=3,outliers={share:g},sink=1,capped=false" for share in (0.001, 0.005, 0.01)),
     *(f"bits=2,outliers={share:g},sink=1,fisher=false" for share in (0.01, 0)),
 )
+METRIC = "vecinfer:bits=2,transform=metric,sink=1"
+# What calibration can do beyond k-means, one at a time; all of it together is BEST.
+IDEAS = (
+    "weighted=keys",
+    "weighted=values",
+    "weighted=both",
+    "restarts=4",
+    "rotate_values=true",
+    "refine=attention",
+    "refine=kl",
+)
+BEST = "weighted=both,rotate_values=true,refine=kl"
+# Two bits on average, unequally between keys and values.
+UNEQUAL = (("d4b9", "d4b7"), ("d4b10", "d4b6"), ("d4b10", "d8b12"), ("d4b7", "d4b9"))
 # Characters of essays that are scored.
 ESSAYS = 400_000
 # Of RULER's thirteen tasks, some that SmolLM2 solves at all at 4,096 tokens.
@@ -117,6 +131,18 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "tasks": ["needle"],
             "seeds": [0],
         },
+        # Likewise, but BEST likes more text to descend on: --passages 128 --passage-length 1024.
+        "metric-ideas": {
+            "methods": [
+                f"{METRIC},residual=0",
+                *(f"{METRIC},residual=0,{idea}" for idea in IDEAS),
+                *(f"{METRIC},residual=0,key={k},value={v}" for k, v in UNEQUAL),
+                *(f"{METRIC},residual={r},{BEST}" for r in (0, 128)),
+                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (4, 1.5, 1)),
+            ],
+            "tasks": [text],
+            "seeds": [0],
+        },
         # Calibrated on passages as long as the windows that are scored: --passages 32 --passage-length 1024.
         "kvquant": {
             "methods": [
@@ -129,6 +155,16 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         "kvquant-ablations": {
             "methods": [f"kvquant:{settings},residual=0" for settings in KVQUANT_ABLATIONS],
             "tasks": [text],
+            "seeds": [0],
+        },
+        "metric-best": {
+            "methods": [f"{METRIC},residual={r},{BEST}" for r in (0, 128)],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        "metric-best-needle": {
+            "methods": [f"{METRIC},residual={r},{BEST}" for r in (128, 0)],
+            "tasks": ["needle"],
             "seeds": [0],
         },
         "codes": {"methods": windowed([*PAPER, *BASELINES], (0,)), "tasks": [error], "seeds": [0, 1, 2]},

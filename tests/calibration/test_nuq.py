@@ -194,7 +194,7 @@ def test_a_table_collects_gradients_once_and_only_where_they_are_wanted(tmp_path
     monkeypatch.setattr(table, "collect", counted)
     made = table.Table(small.model(), tmp_path, progress=False)
     for wanted in (False, False, True, False, True):
-        assert made._activations(0, wanted).with_gradients or not wanted
+        assert made._activations(0, frozenset(), wanted).with_gradients or not wanted
     assert asked == [False, True]
-    made._activations(1, False)
+    made._activations(1, frozenset(), False)
     assert asked == [False, True, False]

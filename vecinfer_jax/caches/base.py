@@ -174,6 +174,15 @@ class CacheMethod(abc.ABC):
         del layer, calibration
         return v_kernel, v_bias, o_kernel
 
+    def wanted_statistics(self) -> frozenset[str]:
+        """What calibration wants beside what is always collected: "weights" and "windows" of `LayerStatistics`."""
+        return frozenset()
+
+    @property
+    def refines_model(self) -> bool:
+        """Whether calibration ends with gradient descent through the whole model."""
+        return False
+
     def shared_calibration(self, layers: Sequence[LayerShape], statistics: Sequence[Any], seed: int) -> Any:
         """What the layers this method serves are calibrated with in common, from the statistics of all of them.
 

@@ -37,6 +37,9 @@ class PerLayer(CacheMethod):
         overrides = {str(i): m.calibration_key() for i, m in self.overrides}
         return {"method": self.name, "default": self.default.calibration_key(), "overrides": overrides}
 
+    def wanted_statistics(self) -> frozenset[str]:
+        return frozenset().union(*(m.wanted_statistics() for m in (self.default, *dict(self.overrides).values())))
+
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> Any:
         return self.for_layer(layer.index, layer.num_layers).init(layer, batch, capacity, calibration)
 

@@ -26,6 +26,7 @@ from vecinfer_jax.caches.vector_quantised import VectorQuantisedMethod
 from vecinfer_jax.caches.windowed import WindowedCache
 from vecinfer_jax.calibration.codebooks import codebook_of, pooled_codebook
 from vecinfer_jax.calibration.metric import metric_map, principal_rotation
+from vecinfer_jax.calibration.refine import refine_layer
 from vecinfer_jax.errors import CalibrationError, InputError
 
 # The paper's and its ablation, then those that take the keys' mean off first.
@@ -33,6 +34,8 @@ PAPER_TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", 
 CENTRING_TRANSFORMS = ("metric", "rotation", "mean-smooth-hadamard")
 TRANSFORMS = (*PAPER_TRANSFORMS, *CENTRING_TRANSFORMS)
 SCOPES = ("layer_head", "layer", "global")
+WEIGHTED = ("none", "keys", "values", "both")
+REFINEMENTS = ("none", "attention", "kl")
 
 
 @struct.dataclass
@@ -71,6 +74,12 @@ class VecInfer(VectorQuantisedMethod):
     rotate_values: turn values to their principal directions, in serpentine order; folded into W_v and W_o.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
+    weighted:   "keys", "values" or "both": tokens count in k-means by the square root of what their error does to the
+        attention's output on the calibration text (`statistics.attention_received`); "none": all alike.
+    restarts:   starts of k-means, the best of which is kept.
+    refine:     "attention": codebooks and the queries' map end with gradient descent on the error of the attention's
+        output, layer by layer (`vecinfer_jax.calibration.refine`); "kl": and then on the divergence of the model's
+        predictions (`distil`). With transform="metric" or "rotation"; decoding costs the same.
     implementation: of the cache's kernels ("mosaic_gpu" for decoding in 16 bits on Hopper, "triton", "xla"; None: the
         best that serves the device and the model); interpret: run Pallas kernels in interpret mode (tests).
     """
@@ -80,21 +89,31 @@ class VecInfer(VectorQuantisedMethod):
     implementation: str | None = None
     interpret: bool = False
     rotate_values: bool = dataclasses.field(default=False, kw_only=True, metadata={"later": True})
+    weighted: str = dataclasses.field(default="none", kw_only=True, metadata={"later": True})
+    restarts: int = dataclasses.field(default=1, kw_only=True, metadata={"later": True})
+    refine: str = dataclasses.field(default="none", kw_only=True, metadata={"later": True})
 
     name: ClassVar[str] = "vecinfer"
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        known = dispatch.TABLE["vq_decode_attention"]
-        if self.implementation is not None and self.implementation not in known:
-            raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
+        kernels = dispatch.TABLE["vq_decode_attention"]
+        if self.implementation is not None and self.implementation not in kernels:
+            raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(kernels)}")
         if self.transform not in TRANSFORMS:
             raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
         if not isinstance(self.rotate_values, bool):
             raise InputError(f"rotate_values={self.rotate_values!r} must be true or false")
-        if self.scope not in SCOPES:
-            raise InputError(f"scope={self.scope!r} is unknown; choose from {', '.join(SCOPES)}")
+        for name, known in (("scope", SCOPES), ("weighted", WEIGHTED), ("refine", REFINEMENTS)):
+            if getattr(self, name) not in known:
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}")
+        if not isinstance(self.restarts, int) or self.restarts < 1:
+            raise InputError(f"restarts={self.restarts!r} must be a whole number, 1 or more")
+        if self.refine != "none" and not self.maps:
+            raise InputError(f"refine={self.refine!r} needs transform=metric or rotation, not {self.transform}")
+        if self.scope == "global" and (self.refine, self.weighted, self.restarts) != ("none", "none", 1):
+            raise InputError("scope='global' has no weighted, restarts or refine: choose scope layer_head or layer")
 
     @property
     def rotates(self) -> bool:
@@ -139,7 +158,20 @@ class VecInfer(VectorQuantisedMethod):
             key["first"] = self.sink
         if self.rotate_values:
             key["values"] = "rotated"
+        for name, default in (("weighted", "none"), ("restarts", 1), ("refine", "none")):
+            if getattr(self, name) != default:
+                key[name] = getattr(self, name)
+        if self.refine != "none":
+            key["first"] = self.sink
         return key
+
+    def wanted_statistics(self) -> frozenset[str]:
+        wanted = {"weights": self.weighted != "none", "windows": self.refine != "none"}
+        return frozenset(name for name, needed in wanted.items() if needed)
+
+    @property
+    def refines_model(self) -> bool:
+        return self.refine == "kl"
 
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> VecInferStore:
         empty = self.empty_store(layer, batch, slots, calibration)
@@ -299,15 +331,39 @@ class VecInfer(VectorQuantisedMethod):
         if self.scope == "global":
             return {**arrays, **shared}
 
-        def codebook(vectors: np.ndarray, form: CodeFormat, seed: int) -> np.ndarray:
-            per_head = self.scope == "layer_head"
-            return codebook_of(vectors, length=form.length, entries=form.entries, per_head=per_head, seed=seed)
+        def codebook(vectors: np.ndarray, weights: np.ndarray | None, form: CodeFormat, seed: int) -> np.ndarray:
+            return codebook_of(
+                vectors,
+                weights,
+                length=form.length,
+                entries=form.entries,
+                per_head=self.scope == "layer_head",
+                seed=seed,
+                restarts=self.restarts,
+            )
 
-        return {
+        key_weights, value_weights = self._weights("key", statistics), self._weights("value", statistics)
+        arrays = {
             **arrays,
-            "key_codebook": codebook(keys, self.key_format, seed),
-            "value_codebook": codebook(values, self.value_format, seed + 1),
+            "key_codebook": codebook(keys, key_weights, self.key_format, seed),
+            "value_codebook": codebook(values, value_weights, self.value_format, seed + 1),
         }
+        if self.refine == "none":
+            return arrays
+        windows = statistics.windows
+        if "value_map" in arrays:
+            turned = np.einsum("wthi,hij->wthj", np.asarray(windows.values, np.float32), arrays["value_map"])
+            windows = dataclasses.replace(windows, values=turned)
+        return refine_layer(arrays, windows, self.sink, seed)
+
+    def _weights(self, which: str, statistics: Any) -> np.ndarray | None:
+        """Of the sampled keys or values in k-means, of mean 1 in each head."""
+        if self.weighted not in (f"{which}s", "both"):
+            return None
+        weights = np.asarray(getattr(statistics, f"{which}_weights"), np.float32)
+        weights = np.sqrt(self._after(self.sink, weights, statistics) if self.centres else weights)
+        mean = weights.mean(axis=0)
+        return weights / np.where(mean > 0, mean, 1.0)
 
     def _coded_keys(self, layer: LayerShape, statistics: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The arrays of the keys' transform by their names, and the sampled keys [N, Hkv, D] as they are encoded."""

@@ -14,13 +14,31 @@ MIN_SAMPLES = 32768
 
 
 def codebook_of(
-    vectors: Float[np.ndarray, "N Hkv D"], *, length: int, entries: int, per_head: bool, seed: int
+    vectors: Float[np.ndarray, "N Hkv D"],
+    weights: Float[np.ndarray, "N Hkv"] | None = None,
+    *,
+    length: int,
+    entries: int,
+    per_head: bool,
+    seed: int,
+    restarts: int = 1,
 ) -> Float[np.ndarray, "groups K d"]:
-    """k-means over the sub-vectors of all positions: one codebook a head, or one for all heads of the layer."""
+    """k-means over the sub-vectors of all positions: one codebook a head, or one for all heads of the layer.
+
+    weights: of the vectors' squared errors; restarts: starts of k-means, of which each codebook takes the best end.
+    """
+    n, heads, dim = vectors.shape
     groups = subvectors(vectors, length)
+    each = None
+    if weights is not None:
+        each = np.repeat(weights[:, :, None], dim // length, axis=2).transpose(1, 0, 2).reshape(heads, -1, 1)
     if not per_head:
         groups = groups.reshape(1, -1, length)
-    return _fitted(_sampled(groups, _wanted(entries, len(vectors)), seed), entries, seed)
+        each = None if each is None else each.reshape(1, -1, 1)
+    count = _wanted(entries, n)
+    if each is not None:  # the same ones
+        each = _sampled(each, count, seed)[..., 0]
+    return _fitted(_sampled(groups, count, seed), entries, seed, each, restarts)
 
 
 def codebook_by_position(
@@ -64,10 +82,21 @@ def _sampled(groups: Float[np.ndarray, "groups n d"], count: int, seed: int) -> 
     return groups[:, np.sort(chosen)]
 
 
-def _fitted(groups: Float[np.ndarray, "groups n d"], entries: int, seed: int) -> Float[np.ndarray, "groups K d"]:
+def _fitted(
+    groups: Float[np.ndarray, "groups n d"],
+    entries: int,
+    seed: int,
+    weights: Float[np.ndarray, "groups n"] | None = None,
+    restarts: int = 1,
+) -> Float[np.ndarray, "groups K d"]:
     if groups.shape[1] < entries:
         raise CalibrationError(
             f"the calibration text gives {groups.shape[1]} sub-vectors for a codebook of {entries}: give more text"
         )
-    centroids, _ = kmeans(groups, clusters=entries, seed=seed)
-    return np.asarray(centroids)
+    best, least = (np.asarray(array) for array in kmeans(groups, weights, clusters=entries, seed=seed))
+    for restart in range(1, restarts):
+        again = (seed + 7_919 * restart) % 2**31
+        centroids, error = (np.asarray(array) for array in kmeans(groups, weights, clusters=entries, seed=again))
+        best = np.where((error < least)[:, None, None], centroids, best)
+        least = np.minimum(error, least)
+    return best

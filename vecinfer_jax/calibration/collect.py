@@ -15,27 +15,33 @@ from tqdm import tqdm
 from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, versions
+from vecinfer_jax.calibration.distil import refine_model
 from vecinfer_jax.calibration.fisher import GradientSampler
-from vecinfer_jax.calibration.statistics import LayerStatistics, Statistics
+from vecinfer_jax.calibration.statistics import LayerStatistics, Statistics, Windows
 from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
 from vecinfer_jax.models.decoder import layer_shape
+from vecinfer_jax.models.folding import fold_values
 from vecinfer_jax.models.layerwise import Layerwise
 
 DEFAULT_TEXT = "hotpotqa-paragraphs"
 # What a calibration is made from unless it is said otherwise.
 PASSAGES, PASSAGE_LENGTH, SAMPLES = 64, 512, 32768
+# Passages that are kept as a whole, for methods that want them.
+WINDOWS = 32
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Activations:
     """What a model's keys, queries and values are like on a text: any method can be fitted to it.
 
-    statistics: one a layer; metadata: of the model, the text and the run, goes into every calibration made from it.
+    statistics: one a layer; metadata: of the model, the text and the run, goes into every calibration made from it;
+    passages: the tokens they are of.
     """
 
     statistics: list[LayerStatistics]
     metadata: dict[str, Any]
+    passages: list[list[int]] = dataclasses.field(default_factory=list)
 
     @property
     def with_gradients(self) -> bool:
@@ -80,6 +86,7 @@ def calibrate(
         samples=samples,
         batch=batch,
         seed=seed,
+        wanted=method.wanted_statistics(),
         progress=progress,
         gradients=method.needs_gradients,
     )
@@ -95,6 +102,7 @@ def collect(
     samples: int = SAMPLES,
     batch: int = 4,
     seed: int = 0,
+    wanted: frozenset[str] = frozenset(),
     progress: bool = True,
     gradients: bool = False,
 ) -> Activations:
@@ -102,6 +110,7 @@ def collect(
 
     `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes four times as long;
     all else is the same with and without.
+    `wanted`: what is kept beside what every method needs (`CacheMethod.wanted_statistics`).
     """
     if passages < 1 or batch < 1 or samples < 1:
         raise InputError(f"passages={passages}, samples={samples} and batch={batch} must be 1 or more")
@@ -123,13 +132,23 @@ def collect(
             digest.update(b"\0")
             yield text
 
+    rows: list[list[int]] = []
+
+    def kept() -> Iterator[list[int]]:
+        for row in passages_of(lm, hashed(), passage_length):
+            rows.append(row)
+            yield row
+
     count, statistics = collect_statistics(
         lm,
-        passages_of(lm, hashed(), passage_length),
+        kept(),
         passages=passages,
         samples=min(samples, passages * passage_length),
         batch=batch,
         seed=seed,
+        weights="weights" in wanted,
+        windows=min(passages, WINDOWS) if "windows" in wanted else 0,
+        length=passage_length,
         progress=progress,
         gradients=gradients,
     )
@@ -144,7 +163,7 @@ def collect(
         "device": jax.devices()[0].device_kind,
         "versions": versions(),
     }
-    return Activations(statistics, metadata)
+    return Activations(statistics, metadata, rows[:count])
 
 
 def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, progress: bool = True) -> Calibration:
@@ -181,7 +200,29 @@ def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, pro
             if not np.all(np.isfinite(array)):
                 raise CalibrationError(f"layer {index}: {field} came out not finite; is the model's output finite?")
         layers.append(fitted)
+    if any(one.refines_model for one in methods):
+        layers = _refined(lm, method, methods, layers, activations, progress)
     return Calibration(tuple(layers), {**activations.metadata, "method": method.calibration_key()})
+
+
+def _refined(
+    lm: LanguageModel,
+    method: CacheMethod,
+    methods: list[CacheMethod],
+    layers: list[dict[str, np.ndarray]],
+    activations: Activations,
+    progress: bool,
+) -> list[dict[str, np.ndarray]]:
+    """Every layer's arrays after descent on the model's predictions."""
+    if not all(one.refines_model for one in methods):
+        raise InputError("refine='kl' runs through the whole model: give it to every layer's method")
+    seed = activations.metadata["seed"]
+    params = fold_values(lm, method, Calibration(tuple(layers), {"method": method.calibration_key()}))
+    sinks = [int(getattr(one, "sink", 0)) for one in methods]
+    refined = refine_model(lm, params, layers, sinks, activations.passages, seed=seed, progress=progress)
+    if not all(np.all(np.isfinite(array)) for layer in refined for array in layer.values()):
+        raise CalibrationError("the refinement came out not finite: use refine='attention'")
+    return refined
 
 
 def collect_statistics(
@@ -194,9 +235,15 @@ def collect_statistics(
     seed: int,
     progress: bool,
     gradients: bool = False,
+    weights: bool = False,
+    windows: int = 0,
+    length: int = 0,
 ) -> tuple[int, list[LayerStatistics]]:
-    """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer)."""
-    model = Layerwise(lm, Statistics(samples, seed))
+    """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer).
+
+    weights, windows, length: what `Statistics` keeps beside.
+    """
+    model = Layerwise(lm, Statistics(samples, seed, weights, windows, length if windows else 0))
     caches = model.init(batch, 0)
     fisher = GradientSampler(lm, samples, seed) if gradients else None
     source = itertools.islice(iter(passages_in), passages)
@@ -228,9 +275,19 @@ def collect_statistics(
 def _trim(layer: LayerStatistics) -> LayerStatistics:
     """Drops sample slots that a short text left empty."""
     filled = np.asarray(layer.positions) >= 0
-    sampled = ("keys", "values", "positions", "priority", "key_gradients", "value_gradients")
-    held = {name: getattr(layer, name) for name in sampled}
-    return dataclasses.replace(layer, **{name: x[filled] for name, x in held.items() if x is not None})
+    sampled = ("keys", "values", "positions", "priority", "key_gradients", "value_gradients", "key_weights")
+    held = {name: getattr(layer, name) for name in (*sampled, "value_weights")}
+    return dataclasses.replace(
+        layer,
+        **{name: x[filled] for name, x in held.items() if x is not None},
+        windows=None if layer.windows is None else _used(layer.windows),
+    )
+
+
+def _used(windows: Windows) -> Windows:
+    """Without the places for passages that did not come."""
+    used = np.asarray(windows.at)[:, 0] >= 0
+    return jax.tree.map(lambda x: x[used], windows)
 
 
 def passages_of(lm: LanguageModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:

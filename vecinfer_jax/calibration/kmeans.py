@@ -146,7 +146,7 @@ def _lloyd(
 
     def body(carry: tuple) -> tuple:
         i, centroids, assigned, _ = carry
-        now = _nearest(x, centroids)
+        now = nearest(x, centroids)
         mass = jax.vmap(lambda w, now: jax.ops.segment_sum(w, now, k))(w, now)
         total = jax.vmap(lambda x, now: jax.ops.segment_sum(x, now, k))(w[..., None] * x, now)
         # A centroid that lost all its points stays where it is.
@@ -158,12 +158,12 @@ def _lloyd(
 
     initial = (jnp.int32(0), start, jnp.full(x.shape[:2], -1, jnp.int32), jnp.bool_(True))
     centroids = jax.lax.while_loop(unfinished, body, initial)[1]
-    chosen = jnp.take_along_axis(centroids, _nearest(x, centroids)[..., None], axis=1)
+    chosen = jnp.take_along_axis(centroids, nearest(x, centroids)[..., None], axis=1)
     error = jnp.sum((x - chosen) ** 2, axis=-1)
     return centroids, jnp.sum(w * error, axis=1) / jnp.maximum(jnp.sum(w, axis=1), 1e-30)
 
 
-def _nearest(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[Array, "G N"]:
+def nearest(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[Array, "G N"]:
     """The nearest centroid of every point, never holding all distances."""
     if jax.default_backend() == "cpu":
         return jax.vmap(_nearest_by_walk)(x, centroids)

@@ -13,9 +13,27 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import hadamard
-from vecinfer_jax.caches.attention import causal_attention
+from vecinfer_jax.caches.attention import MASKED, QUERY_BLOCK, causal_attention, combine, scores
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.rope import apply_rope
+
+# Queries of a passage that are kept with it.
+WINDOW_QUERIES = 128
+
+
+@struct.dataclass
+class Windows:
+    """Whole passages of a layer, W of them of up to T tokens, with some queries each; keys and queries after RoPE.
+
+    queries:       [W, n, Hq, D], at random positions.
+    at:            int32[W, n], which; -1: none.
+    keys, values:  [W, T, Hkv, D], zeros after a passage's end.
+    """
+
+    queries: Float[Array, "W n Hq D"] = array_field("state")
+    at: Int[Array, "W n"] = array_field("state")
+    keys: Float[Array, "W T Hkv D"] = array_field("state")
+    values: Float[Array, "W T Hkv D"] = array_field("state")
 
 
 @struct.dataclass
@@ -33,6 +51,9 @@ class LayerStatistics:
     draws:                 how many chunks have been drawn from: the state of the random numbers.
     key_gradients, value_gradients: bfloat16[n, Hkv, D], gradients of the sampled tokens' passages' loss with respect
         to their keys before RoPE and their values, where they were asked for (`vecinfer_jax.calibration.fisher`).
+    key_weights:           [n, Hkv], how much the sampled keys' errors count (`attention_received`), if collected.
+    value_weights:         [n, Hkv], the same of the values.
+    windows:               the first passages as a whole, if collected.
     """
 
     count: Int[Array, ""] = array_field("state")
@@ -47,20 +68,41 @@ class LayerStatistics:
     draws: Int[Array, ""] = array_field("state")
     key_gradients: Float[Array, "n Hkv D"] | None = array_field("state", default=None)
     value_gradients: Float[Array, "n Hkv D"] | None = array_field("state", default=None)
+    key_weights: Float32[Array, "n Hkv"] | None = array_field("state", default=None)
+    value_weights: Float32[Array, "n Hkv"] | None = array_field("state", default=None)
+    windows: Windows | None = array_field("state", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
 class Statistics(CacheMethod):
-    """samples: tokens kept per layer; seed: of which ones (the same tokens in every layer)."""
+    """samples: tokens kept per layer; seed: of which ones (the same tokens in every layer).
+
+    weights: also keep how much attention the sampled tokens receive; windows: also keep so many whole passages of up to
+    `length` tokens.
+    """
 
     samples: int
     seed: int
+    weights: bool = False
+    windows: int = 0
+    length: int = 0
     name: ClassVar[str] = "statistics"
 
     def init(
         self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None
     ) -> LayerStatistics:
         h, d, n = layer.num_kv_heads, layer.head_dim, self.samples
+        weights = jnp.zeros((n, h), jnp.float32) if self.weights else None
+        windows = None
+        if self.windows:
+            whole = jnp.zeros((self.windows, self.length, h, d), layer.dtype)
+            queries = min(WINDOW_QUERIES, self.length)
+            windows = Windows(
+                queries=jnp.zeros((self.windows, queries, layer.num_query_heads, d), layer.dtype),
+                at=jnp.full((self.windows, queries), -1, jnp.int32),
+                keys=whole,
+                values=whole + 0,  # not the same buffer: both are given away when they are updated
+            )
         return LayerStatistics(
             count=jnp.int32(0),
             key_abs_max=jnp.zeros((h, d), jnp.float32),
@@ -72,6 +114,9 @@ class Statistics(CacheMethod):
             positions=jnp.full((n,), -1, jnp.int32),
             priority=jnp.full((n,), jnp.inf, jnp.float32),
             draws=jnp.int32(0),
+            key_weights=weights,
+            value_weights=None if weights is None else weights + 0,
+            windows=windows,
         )
 
     def prefill(
@@ -99,6 +144,15 @@ class Statistics(CacheMethod):
         def sample(old: Array, new: Array) -> Array:
             return jnp.concatenate([old, new.astype(old.dtype)])[keep]
 
+        key_weights, value_weights = cache.key_weights, cache.value_weights
+        if key_weights is not None and value_weights is not None:
+            of_keys, of_values = attention_received(q, k, v, chunk.lengths, chunk.layer.scale)
+            key_weights = sample(key_weights, of_keys.reshape(-1, heads))
+            value_weights = sample(value_weights, of_values.reshape(-1, heads))
+        windows = cache.windows
+        if windows is not None:
+            windows = self._kept(windows, q, k, v, chunk.lengths, cache.draws)
+
         return out, LayerStatistics(
             count=cache.count + jnp.sum(counts),
             key_abs_max=jnp.maximum(cache.key_abs_max, jnp.max(jnp.abs(keys), axis=0)),
@@ -110,6 +164,38 @@ class Statistics(CacheMethod):
             positions=jnp.where(jnp.isinf(priority[keep]), -1, sample(cache.positions, chunk.positions.reshape(-1))),
             priority=priority[keep],
             draws=cache.draws + 1,
+            key_weights=key_weights,
+            value_weights=value_weights,
+            windows=windows,
+        )
+
+    def _kept(
+        self,
+        windows: Windows,
+        q: Float[Array, "B T Hq D"],
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        lengths: Int[Array, "B"],
+        draws: Int[Array, ""],
+    ) -> Windows:
+        """The windows with this batch's passages in the next free ones; those that find none are dropped."""
+        b, t = k.shape[:2]
+        place = draws * b + jnp.arange(b)
+        place = jnp.where(lengths > 0, place, self.windows)
+        draw = jax.random.fold_in(jax.random.key(self.seed + 1), draws)
+        at = jax.random.randint(draw, (b, windows.at.shape[1]), 0, jnp.maximum(lengths, 1)[:, None])
+        real = (jnp.arange(t) < lengths[:, None])[..., None, None]
+        width = min(t, self.length)
+
+        def whole(old: Array, new: Array) -> Array:
+            return old.at[place, :width].set(jnp.where(real, new, 0)[:, :width].astype(old.dtype), mode="drop")
+
+        chosen = jnp.take_along_axis(q, at[..., None, None], axis=1).astype(windows.queries.dtype)
+        return Windows(
+            queries=windows.queries.at[place].set(chosen, mode="drop"),
+            at=windows.at.at[place].set(at, mode="drop"),
+            keys=whole(windows.keys, k),
+            values=whole(windows.values, v),
         )
 
     def decode(self, q, k, v, chunk, cache):  # type: ignore[no-untyped-def]
@@ -127,3 +213,41 @@ def draw(
     priority = jnp.where(counts, jax.random.uniform(key, counts.shape), jnp.inf)
     priority = jnp.concatenate([held, priority])
     return priority, jax.lax.top_k(-priority, held.shape[0])[1]
+
+
+def attention_received(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv D"],
+    lengths: Int[Array, "B"],
+    scale: float,
+) -> tuple[Float32[Array, "B T Hkv"], Float32[Array, "B T Hkv"]]:
+    """How much an error of each token's key and value counts in what attention over a passage gives.
+
+    With p_ij the attention of query i to token j and o_i its output, errors e_j of the keys change o_i by
+    sum_j p_ij (q_i . e_j) (v_j - o_i) to first order: an error's expected square counts as w_j = sum_i p_ij^2
+    |v_j - o_i|^2 |q_i|^2. Errors of values count as sum_i p_ij^2. Sums over the group's queries.
+    """
+    b, t, heads, dim = k.shape
+    wide = k.astype(jnp.float32).swapaxes(1, 2), v.astype(jnp.float32).swapaxes(1, 2)
+    positions = jnp.arange(t)
+    pad = -t % QUERY_BLOCK
+    blocks = jnp.pad(q.astype(jnp.float32), ((0, 0), (0, pad), (0, 0), (0, 0)))
+    blocks = blocks.reshape(b, -1, QUERY_BLOCK, *q.shape[2:]).swapaxes(0, 1)
+
+    def add(carry: tuple[Array, Array], block: tuple[Array, Array]) -> tuple[tuple[Array, Array], None]:
+        rows, queries = block
+        mask = (positions <= rows[:, None])[None] & (rows[None, :, None] < lengths[:, None, None])
+        mask = mask[:, None, None]
+        p = jnp.where(mask, jax.nn.softmax(jnp.where(mask, scores(queries, wide[0], scale), MASKED), axis=-1), 0.0)
+        out = combine(p, wide[1]).reshape(b, QUERY_BLOCK, heads, -1, dim).transpose(0, 2, 3, 1, 4)
+        across = jnp.einsum("bhgtd,bhsd->bhgts", out, wide[1], precision=jax.lax.Precision.HIGHEST)
+        apart = jnp.sum(wide[1] ** 2, -1)[:, :, None, None] + jnp.sum(out**2, -1)[..., None] - 2 * across
+        size = jnp.sum(queries.reshape(b, QUERY_BLOCK, heads, -1, dim) ** 2, -1).transpose(0, 2, 3, 1)
+        square = p**2
+        key = jnp.sum(square * jnp.maximum(apart, 0.0) * size[..., None], axis=(2, 3))
+        return (carry[0] + key, carry[1] + jnp.sum(square, axis=(2, 3))), None
+
+    rows = jnp.arange(t + pad).reshape(-1, QUERY_BLOCK)
+    (key, value), _ = jax.lax.scan(add, (jnp.zeros((b, heads, t)),) * 2, (rows, blocks))
+    return key.swapaxes(1, 2), value.swapaxes(1, 2)

@@ -1,0 +1,172 @@
+"""The last refinement of a calibration: gradient descent on the predictions of the whole model.
+
+The loss is the divergence of the model's predictions with coded keys and values from its own with exact ones, so no
+labels are needed. Codes are straight-through (`vecinfer_jax.calibration.refine`), also for what lies before them: keys
+and values are moved as if they were read as they are.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float, Int
+from tqdm import tqdm
+
+from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape
+from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
+from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
+from vecinfer_jax.models.layerwise import head_of, unembed
+from vecinfer_jax.rope import apply_rope
+
+# Adam's rates, as shares of an array's root mean square; they fall to 0 as a cosine.
+RATES = {"key_codebook": 2e-3, "value_codebook": 2e-3, "query_map": 1e-3}
+STEPS = 256
+# Rows of logits that exist at one time.
+LOGIT_ROWS = 256
+
+
+class Differentiable(CacheMethod):
+    """Attention over a layer's keys and values as `coded_attention` reads them; its cache are the layer's arrays."""
+
+    name: ClassVar[str] = "differentiable"
+
+    def __init__(self, sink: int) -> None:
+        self.sink = sink
+
+    def init(self, layer: LayerShape, batch: int, capacity: int, calibration: Any = None) -> Any:
+        return calibration
+
+    def prefill(self, q: Array, k: Array, v: Array, chunk: Chunk, cache: Any) -> tuple[Array, Any]:
+        q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
+        wide_q, wide_k, wide_v = (x.astype(jnp.float32) for x in (q, k, v))
+        out = coded_attention(wide_q, chunk.positions, wide_k, wide_v, cache, self.sink, through=True)
+        return out.astype(q.dtype), cache
+
+    def decode(self, q, k, v, chunk, cache):  # type: ignore[no-untyped-def]
+        raise NotImplementedError("codebooks are refined on passages, not while decoding")
+
+    def bits_per_element(self, layer: LayerShape) -> float:
+        return 0.0
+
+
+def refine_model(
+    lm: Any,
+    params: Any,
+    layers: Sequence[Mapping[str, np.ndarray]],
+    sinks: Sequence[int],
+    passages: Sequence[Sequence[int]],
+    *,
+    seed: int,
+    steps: int = STEPS,
+    progress: bool = False,
+) -> list[dict[str, np.ndarray]]:
+    """The layers' arrays moved so that the model predicts what it does with full precision's cache.
+
+    The loss is KL(full || coded) in the mean over a passage's predictions, one passage a step; layers are run one at a
+    time, forward and then backward, so that one compiled layer serves all and one layer's attention is in memory.
+    params: the model's, with the values' transform folded in; sinks: of each layer's method.
+    """
+    config, dtype = lm.config, jnp.dtype(lm.dtype)
+    names = [f"layers_{index}" for index in range(config.num_layers)]
+    head = head_of(params)
+    held = [{name: jnp.asarray(array, jnp.float32) for name, array in layer.items()} for layer in layers]
+    sizes = [sizes_of({name: layer[name] for name in RATES}) for layer in held]
+    scaled = [{name: layer[name] / size[name] for name in RATES} for layer, size in zip(held, sizes, strict=True)]
+    optimiser = optimiser_of(RATES, steps)
+    states = [optimiser.init(one) for one in scaled]
+
+    @jax.jit
+    def update(scaled: Arrays, state: Any, gradient: Arrays, size: Arrays) -> tuple[Any, Any]:
+        updates, state = optimiser.update({name: gradient[name] * size[name] for name in size}, state, scaled)
+        return optax.apply_updates(scaled, updates), state
+
+    longest = max(map(len, passages))
+    whole = [row for row in passages if len(row) == longest]  # a shorter one would be compiled anew
+    order = passes(len(whole), steps, seed)
+    for index in tqdm(order, "predictions", disable=not progress, unit="step"):
+        tokens = jnp.asarray(whole[index], jnp.int32)
+        positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
+        cos, sin = config.rope.cos_sin(positions)
+        x = full = params["embed"][tokens][None]
+        inputs = []
+        arrays = [{**layer, **unscaled(s, size)} for layer, s, size in zip(held, scaled, sizes, strict=True)]
+        for name, layer, sink in zip(names, arrays, sinks, strict=True):
+            inputs.append(x)
+            x = _forward(config, dtype, sink, params[name], x, layer, positions, cos, sin)
+            full = _forward(config, dtype, sink, params[name], full, {}, positions, cos, sin)
+        gradient = _divergence_gradient(config, dtype, head, x[0], full[0])[None]
+        for at in reversed(range(len(names))):
+            gradient, of_arrays = _backward(
+                config, dtype, sinks[at], params[names[at]], inputs[at], arrays[at], positions, cos, sin, gradient
+            )
+            scaled[at], states[at] = update(scaled[at], states[at], of_arrays, sizes[at])
+    return [
+        {**layer, **{name: np.asarray(array) for name, array in unscaled(s, size).items()}}
+        for layer, s, size in zip(layers, scaled, sizes, strict=True)
+    ]
+
+
+def _layer_output(
+    config: Any,
+    dtype: Any,
+    sink: int,
+    params: Any,
+    x: Float[Array, "1 T hidden"],
+    arrays: Arrays,
+    positions: Int[Array, "1 T"],
+    cos: Array,
+    sin: Array,
+) -> Float[Array, "1 T hidden"]:
+    lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+    chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype))
+    out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, arrays, Differentiable(sink), False)
+    return out[0]  # type: ignore[no-any-return]
+
+
+_forward = jax.jit(_layer_output, static_argnums=(0, 1, 2))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _backward(
+    config: Any,
+    dtype: Any,
+    sink: int,
+    params: Any,
+    x: Float[Array, "1 T hidden"],
+    arrays: Arrays,
+    positions: Int[Array, "1 T"],
+    cos: Array,
+    sin: Array,
+    gradient: Float[Array, "1 T hidden"],
+) -> tuple[Float[Array, "1 T hidden"], Arrays]:
+    """Gradients with respect to a layer's input and its arrays, from that with respect to its output."""
+
+    def run(x: Array, arrays: Arrays) -> Array:
+        return _layer_output(config, dtype, sink, params, x, arrays, positions, cos, sin)
+
+    return jax.vjp(run, x, arrays)[1](gradient)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _divergence_gradient(
+    config: Any, dtype: Any, head: Any, hidden: Float[Array, "T hidden"], full: Float[Array, "T hidden"]
+) -> Float[Array, "T hidden"]:
+    """Gradient of the mean KL(full || coded) of predictions, with respect to the last layer's output."""
+    count = hidden.shape[0]
+    pad = [(0, -count % LOGIT_ROWS), (0, 0)]
+    rows = [jnp.pad(x, pad).reshape(-1, LOGIT_ROWS, x.shape[1]) for x in (hidden, full)]
+
+    def block(args: tuple[Array, Array]) -> Array:
+        ours, exact = args
+        target = jax.nn.softmax(unembed(config, dtype, head, exact))
+
+        def loss(x: Array) -> Array:  # the KL but for its constant part
+            return -jnp.sum(target * jax.nn.log_softmax(unembed(config, dtype, head, x))) / count
+
+        return jax.grad(loss)(ours)
+
+    return jax.lax.map(block, (rows[0], rows[1])).reshape(-1, hidden.shape[1])[:count]
