@@ -1,4 +1,4 @@
-"""The quickstart notebook: what is stored can be read as it is, and all of it runs."""
+"""The notebooks: what is stored can be read as it is, and all of it runs."""
 
 import json
 import os
@@ -12,10 +12,16 @@ import pytest
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOK = ROOT / "notebooks" / "quickstart.ipynb"
+# Each with how many plots it has.
+NOTEBOOKS = {"quickstart": 2, "better_than_the_paper": 1}
 KERNEL = "vecinfer-tests"
 
-# Run after the notebook's last cell: what the test wants to know, as JSON.
+# Run after a notebook's last cell: what the test wants to know, as JSON.
+BETTER_FACTS = """
+import json
+
+print(json.dumps({"share": share, "errors": errors, "descent": descent}))
+"""
 FACTS = """
 import json
 
@@ -37,41 +43,41 @@ print(json.dumps({
 """
 
 
-@pytest.fixture
-def notebook():
-    return nbformat.read(NOTEBOOK, as_version=4)
+def path_of(name: str) -> Path:
+    return ROOT / "notebooks" / f"{name}.ipynb"
 
 
 def outputs(notebook) -> list:
     return [output for cell in notebook.cells for output in cell.get("outputs", [])]
 
 
-def check_outputs(notebook) -> None:
+def check_outputs(notebook, plots: int) -> None:
     """No cell failed or wrote to stderr, and the plots are there."""
     for output in outputs(notebook):
         assert output.output_type != "error", output.get("evalue")
         assert output.get("name") != "stderr", output.text
-    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == 2
+    assert sum("image/png" in output.get("data", {}) for output in outputs(notebook)) == plots
 
 
-def test_stored_outputs(notebook):
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_stored_outputs(name):
     """The file was run from top to bottom, is small, and says nothing about the machine it ran on."""
+    notebook = nbformat.read(path_of(name), as_version=4)
     nbformat.validate(notebook)
-    assert NOTEBOOK.stat().st_size < 400_000
+    assert path_of(name).stat().st_size < 400_000
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1))
     assert all("execution" not in cell.metadata for cell in notebook.cells)  # no time stamps
-    check_outputs(notebook)
+    check_outputs(notebook, NOTEBOOKS[name])
     text = json.dumps([*notebook.cells, notebook.metadata])
     text = re.sub(r'"image/png": "[^"]*"', "", text)
     assert not re.search(r"[\s\"'(=](?:/(?:home|Users|root|tmp|private|work|var|opt|usr|mnt)/|[A-Z]:\\\\)", text)
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(900)
-def test_runs(notebook, smollm2, tmp_path, monkeypatch):
-    """Every cell runs in a fresh kernel of this interpreter, on the CPU, and the results make sense."""
-    assert smollm2.name == "smollm2-135m-instruct"  # fetched, or this test is skipped and says so
+@pytest.fixture
+def run(smollm2, tmp_path, monkeypatch):
+    """Runs every cell of a notebook in a fresh kernel of this interpreter, on the CPU -> what its facts say."""
+    assert smollm2.name == "smollm2-135m-instruct"  # fetched, or the test is skipped and says so
     kernel = tmp_path / "kernels" / KERNEL / "kernel.json"
     kernel.parent.mkdir(parents=True)
     argv = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
@@ -87,10 +93,33 @@ def test_runs(notebook, smollm2, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     monkeypatch.delenv("MPLBACKEND", raising=False)
 
-    notebook.cells.append(nbformat.v4.new_code_cell(FACTS))
-    NotebookClient(notebook, timeout=600, kernel_name=KERNEL, resources={"metadata": {"path": str(tmp_path)}}).execute()
-    check_outputs(notebook)
-    facts = json.loads(notebook.cells[-1].outputs[0].text)
+    def execute(name: str, facts: str) -> dict:
+        notebook = nbformat.read(path_of(name), as_version=4)
+        notebook.cells.append(nbformat.v4.new_code_cell(facts))
+        resources = {"metadata": {"path": str(tmp_path)}}
+        NotebookClient(notebook, timeout=600, kernel_name=KERNEL, resources=resources).execute()
+        check_outputs(notebook, NOTEBOOKS[name])
+        return json.loads(notebook.cells[-1].outputs[0].text)
+
+    return execute
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_keys_with_a_mean(run):
+    facts = run("better_than_the_paper", BETTER_FACTS)
+    assert max(facts["share"]) > 0.5
+    paper, centred, metric = (np.array(errors) for errors in facts["errors"].values())
+    assert np.all(metric < centred) and np.all(centred < paper)
+    before, after = facts["descent"]["seen"]
+    assert after < 0.95 * before
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_quickstart(run):
+    """The results of every section make sense."""
+    facts = run("quickstart", FACTS)
 
     # Generation: something to read from codes, and a first token that comes from exact attention in both.
     assert min(facts["prompt_lengths"]) > facts["residual"] == 128
