@@ -100,7 +100,7 @@ def collect(
 ) -> Activations:
     """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does.
 
-    `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes four times as long;
+    `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes several times as long;
     all else is the same with and without.
     """
     if passages < 1 or batch < 1 or samples < 1:
