@@ -203,7 +203,7 @@ def metric() -> str:
 
 def kvquant() -> str:
     """KVQuant's widths and ablations without a window, calibrated on passages as long as the windows."""
-    rows = [row for row in rows_of(SMOLLM2, "perplexity", length=1024) if row["method"]["name"] == "kvquant"]
+    rows = rows_of(SMOLLM2, "perplexity", length=1024, name="kvquant")
     cells = []
     for row in sorted(rows, key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
         method, result = row["method"], row["result"]

@@ -432,8 +432,8 @@ class KVQuant(WindowedMethod):
 def outlier_slots(outliers: float, head_dim: int) -> int:
     """Slots of a pool for a share of outliers, in fours: half as many again as there are on average, and two.
 
-    Tiles and heads are uneven: on SmolLM2 with 1% (64 slots for 41 outliers on average) one outlier in twenty of the
-    keys and one in fifteen of the values finds no slot, where a quarter more slots would lose one in fifty.
+    Tiles are uneven and so are heads, a token's outliers most of all: with so many a few in a hundred find no slot
+    (`outliers_lost` of the code-error task counts them), and every further slot would be empty in most pools.
     """
     return 4 * math.ceil((1.5 * outliers * nuq.TILE * head_dim + 2) / 4)
 

@@ -108,7 +108,7 @@ def collect(
 ) -> Activations:
     """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does.
 
-    `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes four times as long;
+    `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes several times as long;
     all else is the same with and without.
     `wanted`: what is kept beside what every method needs (`CacheMethod.wanted_statistics`).
     """
