@@ -105,7 +105,7 @@ def picture_of_errors(every: list[dict[str, Any]], path: Path) -> None:
         axis.set_xlabel("layer")
         axis.set_title(found["model"], fontsize=10)
     axes[0].set_ylabel("error of scores at 2 bits,\nrelative to their variance")
-    axes[0].legend(frameon=False, fontsize=8)
+    axes[-1].legend(loc="upper right", frameon=False, fontsize=8)
     save(figure, path)
 
 
