@@ -1,6 +1,7 @@
 """Whole programs lower for accelerators that are not there: the XLA step for TPU, the kernels' step for CUDA."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +11,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import vq_encode
 from tests import small
 from vecinfer_jax.caches import FullPrecision, VecInfer
+from vecinfer_jax.calibration import kmeans, refine
 from vecinfer_jax.models.decoder import Decoder, param_shapes
 from vecinfer_jax.rope import Rope
 
@@ -87,6 +89,22 @@ def test_a_step_with_a_dense_map_of_the_keys_lowers_for_cuda():
         decoder, args = shapes(method, 128, (32, 8), jnp.bfloat16)
         text = step(decoder).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "vq_append" in text and "vq_decode_attention" in text and "triton" not in text
+
+
+def test_a_step_of_refinement_lowers_for_cuda(monkeypatch):
+    """Codes are chosen by the encoder's kernel in the middle of what is differentiated."""
+    monkeypatch.setattr(kmeans, "vq_encode", functools.partial(vq_encode, implementation="triton"))
+    monkeypatch.setattr(refine, "nearest", kmeans.nearest_by_encoding)
+
+    def gradient(x, codebook):
+        return jax.grad(lambda x, book: jnp.sum(refine.read_back(x, book, through=True) ** 2), argnums=(0, 1))(
+            x, codebook
+        )
+
+    args = jax.ShapeDtypeStruct((1, 77, 2, 64), jnp.float32), jax.ShapeDtypeStruct((2, 256, 4), jnp.float32)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        text = jax.jit(gradient).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "triton" in text
 
 
 @pytest.mark.parametrize("form", [(2, 8), (4, 8), (8, 8), (2, 4), (4, 10), (4, 12), (8, 12)], ids=str)

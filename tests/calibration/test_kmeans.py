@@ -85,7 +85,7 @@ def test_the_encoder_finds_the_nearest_centroids(clusters, length, n):
     points = jnp.asarray(rng.normal(size=(2, n, length)), jnp.float32)
     centroids = jnp.asarray(rng.normal(size=(2, clusters, length)), jnp.float32)
     nearest = jnp.argmin(((points[:, :, None] - centroids[:, None]) ** 2).sum(-1), axis=-1)
-    np.testing.assert_array_equal(module._nearest_by_encoding(points, centroids), nearest)
+    np.testing.assert_array_equal(module.nearest_by_encoding(points, centroids), nearest)
 
 
 @pytest.mark.parametrize("clusters", [1, 3, 20, 257, 300])

@@ -131,14 +131,11 @@ def test_it_descends_on_what_the_cache_gives():
     a = activations()
     plain, refined = (dataclasses.replace(METRIC, refine=r) for r in ("none", "attention"))
     before, after = fit(lm, plain, a, progress=False), fit(lm, refined, a, progress=False)
+    error = jax.jit(jax.vmap(lambda arrays, window: output_error(arrays, window, 1), in_axes=(None, 0)))
     for layer in range(lm.config.num_layers):
         windows = jax.tree.map(jnp.asarray, a.statistics[layer].windows)
-
-        def error(calibration, layer=layer, windows=windows):
-            arrays = jax.tree.map(jnp.asarray, calibration.layers[layer])
-            return float(jax.jit(jax.vmap(lambda window: output_error(arrays, window, 1)))(windows).mean())
-
-        assert error(after) < 0.95 * error(before)
+        errors = [error(jax.tree.map(jnp.asarray, c.layers[layer]), windows).mean() for c in (before, after)]
+        assert errors[1] < 0.95 * errors[0]
         for name in ("mean", "key_map", "smooth"):
             np.testing.assert_array_equal(after.layers[layer][name], before.layers[layer][name])
     assert after.method_key["refine"] == "attention" and "refine" not in before.method_key
@@ -176,17 +173,15 @@ def test_the_whole_model_comes_nearer_to_full_precision():
 
 def test_settings_calibrate_and_are_told_apart():
     a = activations()
-    settings = [{"weighted": "both"}, {"restarts": 2}, {"refine": "attention", "rotate_values": True}]
-    keys = {str(METRIC.calibration_key())}
-    for some in settings:
-        method = dataclasses.replace(METRIC, **some)
-        calibration = fit(small.model(), method, a, progress=False)
-        result = vj.evaluate.perplexity(
-            small.model(), method, calibration, small.texts()[0], length=32, windows=1, progress=False
-        )
-        assert np.isfinite(result.perplexity)
-        keys.add(str(method.calibration_key()))
-    assert len(keys) == 4
+    settings = {"weighted": "both", "restarts": 2, "refine": "attention", "rotate_values": True}
+    method = dataclasses.replace(METRIC, **settings)
+    calibration = fit(small.model(), method, a, progress=False)
+    result = vj.evaluate.perplexity(
+        small.model(), method, calibration, small.texts()[0], length=32, windows=1, progress=False
+    )
+    assert np.isfinite(result.perplexity)
+    methods = [METRIC, method, *(dataclasses.replace(METRIC, **{name: value}) for name, value in settings.items())]
+    assert len({str(m.calibration_key()) for m in methods}) == 6
     assert dataclasses.replace(METRIC, refine="kl").refines_model
     assert PerLayer(METRIC, ((0, dataclasses.replace(METRIC, refine="kl")),)).wanted_statistics() == {"windows"}
     with pytest.raises(InputError, match="give it to every layer's method"):

@@ -23,7 +23,7 @@ from vecinfer_jax.models.layerwise import head_of, unembed
 from vecinfer_jax.rope import apply_rope
 
 # Adam's rates, as shares of an array's root mean square; they fall to 0 as a cosine.
-RATES = {"key_codebook": 2e-3, "value_codebook": 2e-3, "query_map": 1e-3}
+RATES = {"key_codebook": 5e-3, "value_codebook": 5e-3, "query_map": 2.5e-3}
 STEPS = 256
 # Rows of logits that exist at one time.
 LOGIT_ROWS = 256

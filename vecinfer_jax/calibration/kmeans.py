@@ -167,10 +167,10 @@ def nearest(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[A
     """The nearest centroid of every point, never holding all distances."""
     if jax.default_backend() == "cpu":
         return jax.vmap(_nearest_by_walk)(x, centroids)
-    return _nearest_by_encoding(x, centroids)
+    return nearest_by_encoding(x, centroids)
 
 
-def _nearest_by_encoding(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[Array, "G N"]:
+def nearest_by_encoding(x: Float[Array, "G N d"], centroids: Float[Array, "G K d"]) -> Int[Array, "G N"]:
     """The same by the cache's encoder: points side by side are sub-vectors of one long vector, groups its heads."""
     (groups, n, length), entries = x.shape, centroids.shape[1]
     bits = max((entries - 1).bit_length(), 1)
