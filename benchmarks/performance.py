@@ -92,12 +92,10 @@ def nuq_kernel() -> str:
         if match := re.fullmatch(r"nuq_decode_attention nuq(\d) (\S+)% \S+: (.+)", row["name"]):
             bits, outliers, shape = match.groups()
             times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
-            more = [f"{row[name]:.0f}" if name in row else "" for name in ("triton_us",)]
             share = f"{row['percent_of_bandwidth']:.0f}%"
             code = f"nuq{bits}" + (f", {outliers}% outliers" if outliers != "0" else "")
-            lines.append([shape, code, *times, f"{row['ratio']:.2f}x", share, *more])
-    header = ["shape", "codes", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth", "Triton kernel, µs"]
-    return table(header, lines)
+            lines.append([shape, code, *times, f"{row['ratio']:.2f}x", share])
+    return table(["shape", "codes", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth"], lines)
 
 
 def encode_kernel() -> str:
@@ -221,14 +219,15 @@ def transformers() -> str:
 
 def capacity() -> str:
     lines = []
-    for row in read(H100, f"step-{MODEL}")["rows"]:
-        if "ms_per_step" in row and row["tokens"] > 10**6:
+    rows = [(model, row) for model in (MODEL, "llama-2-7b") for row in read(H100, f"step-{model}")["rows"]]
+    for model, row in rows:
+        if "ms_per_step" in row and row["tokens"] >= 10**6:
             sizes = (row[key] / 1e9 for key in ("weights_bytes", "device_bytes", "device_peak_bytes"))
             total = row["cache_bytes"]["total"] / 1e9
             weights, used, peak = (f"{size:.1f}" for size in sizes)
             tokens = f"{row['batch'] * row['tokens']:,}"
-            lines.append([row["name"], tokens, weights, f"{total:.1f}", used, peak, f"{row['ms_per_step']:.1f}"])
-    header = ["cache", "tokens held", "weights, GB", "cache, GB", "in use, GB", "peak, GB", "ms a step"]
+            lines.append([model, row["name"], tokens, weights, f"{total:.1f}", used, peak, f"{row['ms_per_step']:.1f}"])
+    header = ["shapes of", "cache", "tokens held", "weights, GB", "cache, GB", "in use, GB", "peak, GB", "ms a step"]
     return table(header, lines)
 
 

@@ -34,11 +34,15 @@ SHOWN = {"perplexity": "{:.2f}", "kl": "{:.4f}"}
 
 
 def rows_of(
-    model: str, task: str, kept: Callable[[dict[str, Any]], bool] | None = None, **settings: Any
+    model: str,
+    task: str,
+    kept: Callable[[dict[str, Any]], bool] | None = None,
+    mixed: bool = False,
+    **settings: Any,
 ) -> list[dict[str, Any]]:
     """The rows of benchmarks/quality.py for a task whose task, method or reading of the prompt has these settings.
 
-    `kept`: which of these, where settings cannot say it.
+    `kept`: which of these, where settings cannot say it. `mixed`: of all devices, in a table that names them.
     """
 
     def wanted(row: dict[str, Any]) -> bool:
@@ -48,7 +52,9 @@ def rows_of(
 
     paths = sorted((ROOT / "results").glob(f"*/quality-{model}.json"))
     by_device = [[row for row in json.loads(path.read_text())["rows"] if wanted(row)] for path in paths]
-    return max(by_device, key=len, default=[])  # of the device with most of them: devices are not mixed in a table
+    if mixed:
+        return [row for rows in by_device for row in rows]
+    return max(by_device, key=len, default=[])  # of the device with most of them
 
 
 def paper_and_baselines(
@@ -222,20 +228,22 @@ def beside(method: dict[str, Any]) -> dict[str, Any]:
 def metric_ideas() -> str:
     """The metric transform with what calibration can do beyond k-means, by bits, window and perplexity."""
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows_of(SMOLLM2, "perplexity", length=1024, transform="metric", sink=1, prefill="coded"):
+    for row in rows_of(SMOLLM2, "perplexity", length=1024, transform="metric", sink=1, prefill="coded", mixed=True):
         method = row["method"]
         settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
         name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in settings.items()) or "none"
-        passages = row["calibration"]["passages"]
+        passages = row["calibration"]["passages"], "CPU" if row["device"] == "cpu" else row["device"].split()[1]
         lines.setdefault((row["result"]["bits_per_element"], method["residual"], name, passages), []).append(
             row["result"]
         )
     cells = []
-    for (bits, residual, name, passages), found in lines.items():
+    for (bits, residual, name, (passages, device)), found in lines.items():
         measures = [mean_and_spread([r[key] for r in found], form) for key, form in SHOWN.items()]
-        cells.append([f"{bits:g}", str(residual), name, str(passages), str(len(found)), *measures])
+        cells.append([f"{bits:g}", str(residual), name, str(passages), str(len(found)), *measures, device])
     cells.sort(key=lambda line: (-float(line[0]), -int(line[1]), float(line[5].split()[0])))
-    return table(["bits", "residual", "beside the transform", "passages", "seeds", "perplexity", "KL, nats"], cells)
+    return table(
+        ["bits", "residual", "beside the transform", "passages", "seeds", "perplexity", "KL, nats", "device"], cells
+    )
 
 
 def formats() -> str:

@@ -27,7 +27,12 @@ METHODS = [
     KVQuant(bits=3, capped=False, qnorm=True),
     KVQuant(bits=4, keys="per-token", rope="post", codebook="int"),
 ]
-all_methods = pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.bits}-{m.outliers}-{m.keys}-{m.capped}")
+# All of them, the less usual ones only in the long run of the tests.
+all_methods = pytest.mark.parametrize(
+    "method",
+    [*METHODS[:2], *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[2:])],
+    ids=lambda m: f"{m.bits}-{m.outliers}-{m.keys}-{m.capped}",
+)
 
 
 @functools.cache
@@ -115,7 +120,9 @@ def test_scoring_decoding_and_ragged_chunks_read_what_the_definition_says(method
 
 
 @pytest.mark.parametrize(
-    ("method", "width"), [(METHODS[0], 0.8), (METHODS[1], 2.0), (METHODS[3], 2.0)], ids=["lost", "window", "uncapped"]
+    ("method", "width"),
+    [(METHODS[0], 0.8), (METHODS[1], 2.0), pytest.param(METHODS[3], 2.0, marks=pytest.mark.slow)],
+    ids=["lost", "window", "uncapped"],
 )
 def test_the_same_keys_and_values_give_the_same_bytes_in_bulk_in_chunks_and_one_by_one(method, width):
     tokens = 140
@@ -241,7 +248,7 @@ def test_an_outlier_is_read_back_as_it_was_and_costs_the_others_nothing():
     assert not values.any()
 
 
-def test_it_generates_and_is_evaluated():
+def test_rows_of_a_batch_give_the_tokens_that_they_give_alone():
     method = KVQuant(bits=2, residual=8, sink=2, fisher=False)
     lm, prompts = small.model(), small.prompts([90, 11])
     calibration = small.calibration_of(method)
@@ -249,11 +256,18 @@ def test_it_generates_and_is_evaluated():
     alone = vj.generate(lm, prompts[1:], method=method, calibration=calibration, max_new_tokens=10)
     assert [len(tokens) for tokens in out.tokens] == [10, 10]
     assert out.tokens[1] == alone.tokens[0]
+
+
+@pytest.mark.slow
+def test_it_is_evaluated():
+    method = KVQuant(bits=2, residual=8, sink=2, fisher=False)
+    lm, calibration = small.model(), small.calibration_of(method)
     text = "".join(small.texts())
     result = vj.evaluate.perplexity(lm, method, calibration, text, length=60, windows=1, progress=False)
     assert 0 < result.kl < 1 and result.bits_per_element == method.bits_per_element(LAYER)
 
 
+@pytest.mark.slow
 def test_errors_fall_with_bits_and_outliers_and_what_is_lost_is_counted():
     lm = small.model()
     windows = np.asarray(small.prompts([80, 80]))
