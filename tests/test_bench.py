@@ -25,6 +25,7 @@ def test_a_step_is_timed_over_a_full_cache(bench):
     assert row.cache_bytes["codes"] > 0
 
 
+@pytest.mark.slow
 def test_random_outliers_are_finite_and_in_their_tile(bench):
     row = bench.step(vj.KVQuant(bits=2), 2, 100, repeats=1)
     assert row.ms_per_step > 0

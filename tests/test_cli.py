@@ -50,6 +50,7 @@ def test_generate_prints_the_text_and_writes_what_it_measured(capsys, tmp_path):
     assert content["method"].startswith("VecInfer(")
 
 
+@pytest.mark.slow
 def test_streaming_prints_the_same_text(capsys, smollm2, monkeypatch):
     monkeypatch.setattr("vecinfer_jax.models.load", lambda *args, **kwargs: smollm2)
     options = ["--method", "full", "--max-new-tokens", 8, "Hello, my name is", "--quiet"]

@@ -24,6 +24,7 @@ def test_one_prompt_at_a_time(smollm2, cases):
         assert greedy(smollm2, [case["ids"]])[0] == case["continuation"], case["prompt"]
 
 
+@pytest.mark.slow
 def test_a_padded_batch(smollm2):
     continuations = greedy(smollm2, [case["ids"] for case in CASES])
     assert continuations == [case["continuation"] for case in CASES]

@@ -186,7 +186,11 @@ def test_one_huge_channel_costs_its_own_group_only():
 
 @pytest.mark.parametrize(
     "method",
-    [KIVI(bits=2, group=8, residual=8), HadamardInt(bits=3, residual=8, sink=2), PlainVQ(bits=2, residual=8)],
+    [
+        KIVI(bits=2, group=8, residual=8),
+        pytest.param(HadamardInt(bits=3, residual=8, sink=2), marks=pytest.mark.slow),
+        pytest.param(PlainVQ(bits=2, residual=8), marks=pytest.mark.slow),
+    ],
     ids=lambda m: m.name,
 )
 def test_they_generate_and_are_evaluated(method):

@@ -248,6 +248,7 @@ def test_an_outlier_is_read_back_as_it_was_and_costs_the_others_nothing():
     assert not values.any()
 
 
+@pytest.mark.slow
 def test_rows_of_a_batch_give_the_tokens_that_they_give_alone():
     method = KVQuant(bits=2, residual=8, sink=2, fisher=False)
     lm, prompts = small.model(), small.prompts([90, 11])

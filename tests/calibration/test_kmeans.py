@@ -61,6 +61,7 @@ def test_fewer_points_than_centroids_is_exact():
     assert float(error[0]) < 1e-6
 
 
+@pytest.mark.slow
 def test_centroids_drawn_in_batches_are_as_good_as_one_by_one(monkeypatch):
     points = jnp.asarray(np.random.default_rng(2).standard_t(4, size=(4000, 3)), jnp.float32)
     weights = jnp.ones(4000)

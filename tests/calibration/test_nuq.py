@@ -151,6 +151,7 @@ def test_gradients_stand_beside_the_keys_they_are_of():
         np.testing.assert_array_equal(silent, last)
 
 
+@pytest.mark.slow
 def test_a_calibration_has_the_share_of_outliers_and_reads_back(tmp_path):
     lm, method = small.model(), KVQuant(bits=3, outliers=0.04, sink=2)
     assert method.needs_gradients and PerLayer(FullPrecision(), ((1, method),)).needs_gradients

@@ -171,6 +171,7 @@ def test_the_whole_model_comes_nearer_to_full_precision():
     assert np.square(hidden[1] - exact).mean() < np.square(hidden[0] - exact).mean()
 
 
+@pytest.mark.slow
 def test_settings_calibrate_and_are_told_apart():
     a = activations()
     settings = {"weighted": "both", "restarts": 2, "refine": "attention", "rotate_values": True}

@@ -20,6 +20,7 @@ def run(method, **options):
     return vj.evaluate.answer(small.model(), StandIn(), method, calibration, **settings)
 
 
+@pytest.mark.slow
 def test_the_golds_likelihood_is_the_models():
     lm, task = small.model(), StandIn()
     decoder = Decoder(lm.config, vj.FullPrecision(), lm.dtype)
@@ -55,6 +56,7 @@ def test_greedy_answers_are_those_of_generate(method, prefill):
     assert result.score == pytest.approx(sum(StandIn().judge(cases[0], text) for text in out.texts))
 
 
+@pytest.mark.slow
 def test_the_batch_makes_no_difference():
     method = METHODS[1]
     one, many = run(method, batch=1), run(method, batch=8)
@@ -64,6 +66,7 @@ def test_the_batch_makes_no_difference():
     assert [a.text for a in one.answers] == [a.text for a in many.answers]
 
 
+@pytest.mark.slow
 def test_a_coded_prompt_costs_and_a_window_over_everything_does_not():
     exact = run(None).gold_nll
     wide = vj.VecInfer(bits=1, residual=128)

@@ -36,6 +36,7 @@ def test_errors_are_those_of_a_coder_of_that_width(method):
     assert result.tokens == 2 * (48 if isinstance(method, vj.KIVI) else LENGTH)
 
 
+@pytest.mark.slow
 def test_keys_with_a_mean_are_coded_without_it_where_the_method_takes_it_off():
     plain = small.model()
     config = dataclasses.replace(plain.config, model_type="qwen2", qkv_bias=True)

@@ -139,6 +139,7 @@ def test_a_json_string_may_hold_any_line_separator(tmp_path):
     assert run_job(small.model(), source, out, **OPTIONS) == 2
 
 
+@pytest.mark.slow
 def test_chat_puts_prompts_through_the_template(smollm2, tmp_path):
     source, out = tmp_path / "p.jsonl", tmp_path / "a.jsonl"
     source.write_text('{"prompt": "Say hello."}\n')

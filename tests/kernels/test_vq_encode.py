@@ -145,6 +145,7 @@ def test_a_million_random_vectors_get_their_nearest_centroid_on_a_device(form):
 
 
 @pytest.mark.parametrize("layer", [0, 20])
+@pytest.mark.slow
 def test_real_activations_get_their_nearest_centroid(smollm2, layer):
     """Keys and values of a real model, static means and outliers included, and centroids from among themselves."""
     from vecinfer_jax.calibration.collect import collect
