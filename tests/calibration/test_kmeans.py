@@ -98,6 +98,7 @@ def test_any_number_of_centroids(clusters):
     np.testing.assert_allclose(float(error[0]), distance, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_accelerator_finds_the_same_centroids(monkeypatch):
     """All groups at a time, and points assigned by the encoder, not by walks."""
     points = jnp.asarray(np.random.default_rng(4).normal(size=(3, 900, 4)), jnp.float32)

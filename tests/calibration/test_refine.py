@@ -125,6 +125,7 @@ def test_what_is_read_back_is_the_nearest_centroid_and_its_gradient_that_of_its_
     np.testing.assert_allclose(of_x, np.ones_like(x))
 
 
+@pytest.mark.slow
 def test_it_descends_on_what_the_cache_gives():
     """`coded_attention` is what the method's own prompt attention reads; refinement lessens its error."""
     lm = small.model()

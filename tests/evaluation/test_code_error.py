@@ -57,6 +57,7 @@ def test_a_window_without_a_whole_group_is_one_line():
         vj.evaluate.code_error(small.model(), vj.KIVI(group=64), None, windows(), progress=False)
 
 
+@pytest.mark.slow
 def test_more_bits_make_smaller_errors():
     errors = []
     for bits in (1, 2, 4):

@@ -73,6 +73,7 @@ def test_the_output_is_the_softmax_over_the_tokens_that_count_on_a_device(case, 
     check(case, implementation=implementation)
 
 
+@pytest.mark.slow
 def test_however_a_launch_is_shaped_the_triton_kernel_is_right(monkeypatch):
     chosen, changes = triton.choose_config, {"splits": 3, "tokens": 16, "slots": 16, "key_codes": 4, "value_codes": 1}
     monkeypatch.setattr(triton, "choose_config", lambda *shape: dataclasses.replace(chosen(*shape), **changes))
@@ -80,6 +81,7 @@ def test_however_a_launch_is_shaped_the_triton_kernel_is_right(monkeypatch):
     check(case, implementation="triton", interpret=True)
 
 
+@pytest.mark.slow
 def test_the_triton_kernel_sees_nothing_past_the_length():
     case = cases.Nuq(lengths=(3, 65), tokens=128, kv_heads=1)
     (q, *codes_before, scale, zero, key_book, value_book, of_token, keys, values, lengths), options = case.arguments()
