@@ -131,7 +131,7 @@ def test_measured_steps_are_predicted_within_15_percent(device):
 
 
 def test_the_command_predicts_for_a_measured_gpu(capsys):
-    assert main(["plan", "full", "vecinfer", "hadamard-int", "--gpu", "h100", "--tokens", "100000"]) == 0
+    assert main(["plan", "full", "vecinfer", "plain-vq", "--gpu", "h100", "--tokens", "100000"]) == 0
     full, vecinfer, other = capsys.readouterr().out.splitlines()
     assert "ms a step" in full and "ms a step" in vecinfer and "ms a step" not in other
     assert main(["plan", "full", "--gpu", "abacus"]) == 1
