@@ -68,13 +68,6 @@ DECODE = [
 BESIDE = DECODE[:1]
 # Other kernels for bfloat16 beside cuDNN's are timed with these.
 PEERS = DECODE[:3]
-
-
-def frequencies(dim: int) -> tuple[float, ...]:
-    """Inverse frequencies."""
-    return tuple(500000.0 ** -(i / dim) for i in range(0, dim, 2))
-
-
 exact = functools.partial(jnp.einsum, precision=lax.Precision.HIGHEST)
 
 
@@ -369,6 +362,11 @@ NUQ = [
     (4, 32768, (32, 32, 128), [(4, 0.01), (3, 0.01), (2, 0.0)]),
     (16, 16384, (9, 3, 64), [(4, 0.01), (2, 0.0)]),
 ]
+
+
+def frequencies(dim: int) -> tuple[float, ...]:
+    """RoPE's inverse ones."""
+    return tuple(500000.0 ** -(i / dim) for i in range(0, dim, 2))
 
 
 def random_pool(key, shape: tuple[int, ...], dim: int, outliers: float) -> jax.Array | None:

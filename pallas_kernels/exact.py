@@ -19,6 +19,28 @@ class ExactTokens(NamedTuple):
     valid: Bool[Array, "B W"]
 
 
+def check(
+    name: str,
+    q: Float[Array, "B Hq D"],
+    kv_heads: int,
+    exact: Sequence[ExactTokens],
+    exact_q: Float[Array, "B Hq D"] | None,
+) -> None:
+    """Raises ValueError where exact tokens do not belong to the queries of operation `name`."""
+    batch, _, dim = q.shape
+    missing, wrong = exact_q is None and bool(exact), exact_q is not None and exact_q.shape != q.shape
+    if missing or wrong:
+        raise ValueError(f"{name}: exact tokens need exact_q of shape {q.shape}")
+    for tokens in exact:
+        window = tokens.keys.shape[2:3]
+        want = (batch, kv_heads, *window, dim)
+        if tokens.keys.shape != want or tokens.values.shape != want or tokens.valid.shape != (batch, *window):
+            raise ValueError(
+                f"{name}: exact keys and values must be [{batch}, {kv_heads}, W, {dim}] and valid [{batch}, W], got "
+                f"{tokens.keys.shape}, {tokens.values.shape} and {tokens.valid.shape}"
+            )
+
+
 def merge_exact(
     output: Float[Array, "B Hq D"],
     lse: Float[Array, "B Hq"],

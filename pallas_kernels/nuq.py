@@ -66,7 +66,7 @@ def dense_keys(
     codebook: Float32[Array, "K"],
 ) -> Float32[Array, "B Hkv S D"]:
     """Keys without their outliers, channel by channel."""
-    index = unpack_keys(codes, _bits(codebook), scale.shape[-1])
+    index = unpack_keys(codes, bits_of(codebook), scale.shape[-1])
     return looked_up(index, codebook) * scale[:, None] + zero[:, None]
 
 
@@ -85,7 +85,7 @@ def dense_values(
     dim: int,
 ) -> Float32[Array, "B Hkv S D"]:
     """Values without their outliers."""
-    return dense_tokens(packing.unpack(codes, _bits(codebook), dim), scale_zero, codebook)
+    return dense_tokens(packing.unpack(codes, bits_of(codebook), dim), scale_zero, codebook)
 
 
 def value_entries(codebook: Float32[Array, "K"], dtype: Any) -> Float32[Array, "K"]:
@@ -94,7 +94,15 @@ def value_entries(codebook: Float32[Array, "K"], dtype: Any) -> Float32[Array, "
     return codebook.astype(jnp.bfloat16).astype(jnp.float32) if jnp.dtype(dtype).itemsize == 2 else codebook
 
 
-def _bits(codebook: Array) -> int:
+def combinations(codebook: Float32[Array, "K"], count: int) -> Float32[Array, "1 Kn n"]:
+    """What `count` neighbouring codes stand for, the first code in the lowest bits."""
+    bits = bits_of(codebook)
+    index = np.arange(2 ** (bits * count))[:, None] >> (bits * np.arange(count))
+    return codebook[index & (2**bits - 1)][None]
+
+
+def bits_of(codebook: Array) -> int:
+    """Of a code."""
     return codebook.shape[0].bit_length() - 1
 
 

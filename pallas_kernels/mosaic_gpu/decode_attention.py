@@ -490,12 +490,8 @@ class Place:
 def walk_tiles(p: Problem, row: Row) -> list:
     """One warp's tiles of a row -> for every four heads: maximum, sum, outputs."""
     place = Place()
-    keys, values = p.key.reader(row.shared, place.j, 4, place.lane), p.value.reader(row.shared, place.r, 8, place.lane)
+    (keys, key_row), (values, value_row) = readers(p, row, place)
     key_pitch, value_pitch = p.key.pitch, p.value.pitch
-    key_row = at(row.key[0], lanes.wide_product(row.row, p.tokens * key_pitch))
-    value_row = at(row.value[0], lanes.wide_product(row.row, p.tokens * value_pitch))
-    key_row = at(key_row, place.own * key_pitch + keys.word_offset)
-    value_row = at(value_row, place.j * value_pitch + values.word_offset)
 
     def start_of(tile: Reg) -> Reg:
         start = tile * p.tile
@@ -525,23 +521,37 @@ def walk_tiles(p: Problem, row: Row) -> list:
         following = read(tile + p.warps)
         scores = [products(keys.pairs(of_keys), queries, p.key.operand) for of_keys, _ in words]
         start = tile * p.tile
-        scores = lanes.when(row.length < start + p.tile, scores, functools.partial(mask, start, start_of(tile)))
+        mask = functools.partial(without_the_rest, row, place, start, start_of(tile))
+        scores = lanes.when(row.length < start + p.tile, scores, mask)
         state = make_room(p, scores, state)
         for of_group, (_, of_values) in zip(scores, words, strict=True):
             near, far = map(values.pairs, of_values)
             state = accumulate(p, p.value.operand, near, far, of_group, state, selectors)
         return state, following
 
-    def mask(start: Reg, read_from: Reg, scores: list) -> list:
-        """Without the tokens past the length, and those before the tile where the last one had to begin early."""
-        out = []
-        for g, of_group in enumerate(scores):
-            token = read_from + place.own + g * BLOCK
-            counts = (token < row.length) & (start <= token)
-            out.append([counts.where(s, f32(split_k.EMPTY)) for s in of_group])
-        return out
-
     return lanes.loop(first, row.high, p.warps, (state, words), visit)[0]
+
+
+def readers(p: Problem, row: Row, place: Place) -> tuple[tuple[Reader, Pointer], tuple[Reader, Pointer]]:
+    """How this lane reads keys and values, and from where: of the row's first eight tokens, its own key and, four
+    tokens apart, two values."""
+
+    def one(source: Source, tokens: Pointer, part: Reg, parts: int, token: Reg) -> tuple[Reader, Pointer]:
+        reader = source.reader(row.shared, part, parts, place.lane)
+        of_row = at(tokens, lanes.wide_product(row.row, p.tokens * source.pitch))
+        return reader, at(of_row, token * source.pitch + reader.word_offset)
+
+    return one(p.key, row.key[0], place.j, 4, place.own), one(p.value, row.value[0], place.r, 8, place.j)
+
+
+def without_the_rest(row: Row, place: Place, start: Reg, read_from: Reg, scores: list) -> list:
+    """Scores of a tile without the tokens past the length, and those before `start` where it is read from earlier."""
+    out = []
+    for g, of_group in enumerate(scores):
+        token = read_from + place.own + g * BLOCK
+        counts = (token < row.length) & (start <= token)
+        out.append([counts.where(s, f32(split_k.EMPTY)) for s in of_group])
+    return out
 
 
 Walk = Callable[[Problem, Row], list]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8, UInt32
 
 from pallas_kernels import dispatch, nuq, packing
-from pallas_kernels.exact import ExactTokens
+from pallas_kernels.exact import ExactTokens, check
 
 _DTYPES = ("float32", "bfloat16", "float16")
 _NAME = "nuq_decode_attention"
@@ -97,7 +97,7 @@ def nuq_decode_attention(
     if first_position < 0 or (num_splits is not None and num_splits < 1):
         raise ValueError(f"{_NAME}: first_position={first_position} and num_splits={num_splits} cannot be negative")
     exact_q = q if exact_q is None else exact_q
-    _check_exact(q, heads, exact, exact_q)
+    check(_NAME, q, heads, exact, exact_q)
     return dispatch.call(
         _NAME, implementation, interpret,
         q, key_codes, value_codes, key_scale, key_zero, key_codebook, value_codebook, value_scale_zero,
@@ -141,17 +141,3 @@ def _check_codes(name: str, codes, codebook, dim: int) -> None:
         raise ValueError(
             f"{_NAME}: {dim} codes of {bits} bits take {want} bytes a token, got {name}_codes {list(codes.shape)}"
         )
-
-
-def _check_exact(q, heads: int, exact, exact_q) -> None:
-    batch, _, dim = q.shape
-    if exact_q.shape != q.shape:
-        raise ValueError(f"{_NAME}: exact_q must be {list(q.shape)}, got {list(exact_q.shape)}")
-    for tokens in exact:
-        window = tokens.keys.shape[2:3]
-        want = (batch, heads, *window, dim)
-        if tokens.keys.shape != want or tokens.values.shape != want or tokens.valid.shape != (batch, *window):
-            raise ValueError(
-                f"{_NAME}: exact keys and values must be [{batch}, {heads}, W, {dim}] and valid [{batch}, W], got "
-                f"{tokens.keys.shape}, {tokens.values.shape} and {tokens.valid.shape}"
-            )

@@ -44,75 +44,41 @@ _MOST_HEADS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """Slots of outliers a tile, 0 for none; where the rotations within a tile lie in shared memory, -1 for nowhere."""
+    """Slots of outliers a tile, 0 for none."""
 
     key_slots: int
     value_slots: int
-    rotations: int
 
 
 @dataclasses.dataclass(frozen=True)
-class Keys:
+class Keys(vq.Table):
     """Coded keys: their table, and cos and sin of the places of a tile, where outliers ask for them."""
 
-    table: vq.Table
     rotations: int  # where they lie in shared memory; -1 for nowhere
 
-    # The combinations of codes; rotations within a tile, of tiles (fine, coarse) and from group to group; scale, zero.
+    # The combinations of codes; rotations within a tile, of tiles (fine, coarse) and from group to group; scale, zero;
+    # outliers.
     extras = 8
 
     @property
-    def operand(self) -> str:
-        return self.table.operand
-
-    @property
-    def pitch(self) -> int:
-        return self.table.pitch
-
-    @property
     def shared_end(self) -> int:
-        end = self.rotations + TILE * self.table.format.dim * 4 if self.rotations >= 0 else 0
-        return max(self.table.shared_end, end)
+        end = self.rotations + TILE * self.format.dim * 4 if self.rotations >= 0 else 0
+        return max(super().shared_end, end)
 
-    def fill(self, shared: Pointer, threads: int, head: Reg, book: Pointer, in_tile: Pointer, *rest: Pointer) -> None:
-        del rest
-        self.table.fill(shared, threads, head, book)
+    def fill(self, shared: Pointer, threads: int, head: Reg, *extras: Pointer) -> None:
+        super().fill(shared, threads, head, *extras)
         if self.rotations >= 0:
-            chunks = TILE * self.table.format.dim // 4
+            chunks = TILE * self.format.dim // 4
             for i in range(-(-chunks // threads)):
                 chunk = (lanes.thread() + i * threads).minimum(chunks - 1)
-                lanes.store(at(shared, self.rotations, chunk << 4), lanes.load(at(in_tile, chunk << 4), 4))
-
-    def reader(self, shared: Pointer, part: Reg, parts: int, lane: Reg) -> vq.LaneCodes:
-        return self.table.reader(shared, part, parts, lane)
+                lanes.store(at(shared, self.rotations, chunk << 4), lanes.load(at(extras[1], chunk << 4), 4))
 
 
 @dataclasses.dataclass(frozen=True)
-class Values:
+class Values(vq.Table):
     """Coded values."""
 
-    table: vq.Table
-
     extras = 3  # the combinations of codes, scales and zeros of tokens, outliers
-
-    @property
-    def operand(self) -> str:
-        return self.table.operand
-
-    @property
-    def pitch(self) -> int:
-        return self.table.pitch
-
-    @property
-    def shared_end(self) -> int:
-        return self.table.shared_end
-
-    def fill(self, shared: Pointer, threads: int, head: Reg, book: Pointer, *rest: Pointer) -> None:
-        del rest
-        self.table.fill(shared, threads, head, book)
-
-    def reader(self, shared: Pointer, part: Reg, parts: int, lane: Reg) -> vq.LaneCodes:
-        return self.table.reader(shared, part, parts, lane)
 
 
 def nuq_decode_attention(
@@ -142,7 +108,7 @@ def nuq_decode_attention(
     batch, query_heads, dim = q.shape
     kv_heads, tokens = key_codes.shape[1:3]
     group = query_heads // max(1, kv_heads)
-    bits = [book.shape[0].bit_length() - 1 for book in (key_codebook, value_codebook)]
+    bits = [nuq.bits_of(book) for book in (key_codebook, value_codebook)]
     if interpret:
         raise NotImplementedError("nuq_decode_attention: mosaic_gpu has no interpret mode")
     served = dim in skeleton.HEAD_DIMS and _AT_ONCE.keys() >= {*bits} and group <= _MOST_HEADS and scale != 0
@@ -172,24 +138,24 @@ def nuq_decode_attention(
     )
     key_table, value_table = vq.side_by_side(key_format, value_format, (True, True))
     end = -(-max(key_table.shared_end, value_table.shared_end) // 16) * 16
-    settings = Settings(key_slots, value_slots, end if key_slots else -1)
-    keys = Keys(key_table, settings.rotations)
+    keys = Keys(**vars(key_table), rotations=end if key_slots else -1)
     tables = map(
         jnp.asarray,
         _rotations(inverse_frequencies or (0.0,) * (dim // 2), tokens // TILE, first_position, config.warpgroups * 4),
     )
     nothing = jnp.zeros((1,), jnp.uint32)
     books = [
-        vq.words_of(combinations(book, form.length), form)
+        vq.words_of(nuq.combinations(book, form.length), form)
         for book, form in ((key_codebook, key_format), (value_codebook, value_format))
     ]
     of_channels = [array.astype(jnp.float32) for array in (key_scale, key_zero)]
+    settings = Settings(key_slots, value_slots)
     return skeleton.attend(
         "nuq_decode_attention",
         q,
         (keys, key_codes, [books[0], *tables, *of_channels, nothing if key_outliers is None else key_outliers]),
         (
-            Values(value_table),
+            Values(**vars(value_table)),
             value_codes,
             [books[1], value_scale_zero, nothing if value_outliers is None else value_outliers],
         ),
@@ -211,13 +177,6 @@ def choose_config(rows: int, tokens: int, sparse: bool, num_splits: int | None) 
     warpgroups = _WARPGROUPS if sparse else 1
     blocks = rows * num_splits if num_splits else dispatch.multiprocessors() * (_WARPGROUPS // warpgroups)
     return Config(_GROUPS, warpgroups, max(1, min(blocks, rows * -(-tokens // TILE))))
-
-
-def combinations(codebook: Float[Array, "K"], count: int) -> Float[Array, "1 Kn n"]:
-    """All vectors of `count` entries, the first code in the lowest bits."""
-    entries = codebook.shape[0]
-    index = jnp.arange(entries**count)[:, None] // entries ** jnp.arange(count) % entries
-    return codebook[index][None]
 
 
 def _rotations(frequencies: tuple[float, ...], tiles: int, first: int, warps: int) -> list[np.ndarray]:
@@ -415,16 +374,14 @@ def _unit(largest: Reg, most: int) -> tuple[Reg, Reg]:
 def _walk(p: Problem, row: Row) -> list:
     """One warp's tiles of a row -> for every four heads: maximum, sum, outputs."""
     settings: Settings = p.settings
+    assert isinstance(p.key, Keys)
+    rotations = p.key.rotations
     sparse = bool(settings.key_slots or settings.value_slots)
     place = skeleton.Place()
     lane, r, j, own = place.lane, place.r, place.j, place.own
-    key_codes, _, in_tile, fine, coarse, steps, scale, zero, key_pool = row.key
-    value_codes, _, of_tokens, value_pool = row.value
-    keys, values = p.key.reader(row.shared, j, 4, lane), p.value.reader(row.shared, r, 8, lane)
-    key_row = at(key_codes, lanes.wide_product(row.row, p.tokens * p.key.pitch))
-    key_row = at(key_row, own * p.key.pitch + keys.word_offset)
-    value_row = at(value_codes, lanes.wide_product(row.row, p.tokens * p.value.pitch))
-    value_row = at(value_row, j * p.value.pitch + values.word_offset)
+    _, _, in_tile, fine, coarse, steps, scale, zero, key_pool = row.key
+    _, _, of_tokens, value_pool = row.value
+    (keys, key_row), (values, value_row) = skeleton.readers(p, row, place)
     factor_row = at(of_tokens, lanes.wide_product(row.batch, p.tokens * 4), own << 2)
     scratch = _Scratch(p, row.scratch, place.warp)
     key_outliers = _Outliers(p, key_pool, settings.key_slots, row.row, lane) if settings.key_slots else None
@@ -458,8 +415,7 @@ def _walk(p: Problem, row: Row) -> list:
         low, high = queries.turn(low, high, queries.factors(at(table, index * (p.dim * 4))))
     step = queries.factors(steps)
     selectors = skeleton.selectors_of(r)
-    # Sums of zero points, as one more part of the outputs.
-    # and those of outliers, of channels r, r + 8, ... and head j of each four.
+    # More parts of the outputs: sums of outliers, of channels r, r + 8, ... of head j of each four, and of zero points.
     sparse_part = [[f32(0.0)] * (p.dim // 8)] if value_outliers else []
     state = [(m, total, [*parts, *sparse_part, [f32(0.0)]]) for m, total, parts in state]
     dense = p.dim // 32
@@ -480,7 +436,7 @@ def _walk(p: Problem, row: Row) -> list:
             queries.keep(low, high, scratch)
             # Each of a token's channels at most, by two elements of a query.
             units, unit = _unit(key_outliers.largest(key_slots) * largest_query, 2 * p.dim)
-            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, settings.rotations), place, units)
+            _add_keys(p, key_outliers, key_slots, scratch, at(row.shared, rotations), place, units)
         scores = []
         for g, words in enumerate(key_words):
             scores.append(skeleton.products(key_map(keys.pairs(words)), queries.operands(low, high), p.key.operand))
@@ -495,7 +451,8 @@ def _walk(p: Problem, row: Row) -> list:
         following = read_keys(tile + p.warps)
         low, high = queries.turn(low, high, queries.factors(at(steps, p.dim * 4)))
         begin = tile * TILE
-        scores = lanes.when(row.length < begin + TILE, scores, functools.partial(mask, begin))
+        mask = functools.partial(skeleton.without_the_rest, row, place, begin, begin)
+        scores = lanes.when(row.length < begin + TILE, scores, mask)
         if value_outliers:  # those of the tile before, which have had time to arrive
             state = _take_sums(p, scratch, state, value_unit, place)
         state = skeleton.make_room(p, scores, state)
@@ -518,14 +475,6 @@ def _walk(p: Problem, row: Row) -> list:
             units, value_unit = _unit(value_outliers.largest(value_slots) * largest_weight, TILE)
             _add_values(p, value_outliers, value_slots, scratch, units)
         return state, (low, high), following, value_unit
-
-    def mask(begin: Reg, scores: list) -> list:
-        """Without the tokens past the length."""
-        out = []
-        for g, of_group in enumerate(scores):
-            counts = begin + own + g * BLOCK < row.length
-            out.append([counts.where(s, f32(split_k.EMPTY)) for s in of_group])
-        return out
 
     carry = state, (low, high), key_words, f32(0.0)
     state, _, _, value_unit = lanes.loop(first, row.high, p.warps, carry, visit)

@@ -120,7 +120,7 @@ def nuq_decode_attention(
         nothing = jnp.zeros(q.shape, jnp.float32), jnp.full((batch, query_heads), split_k.EMPTY)
         return rounded(*merge_exact(*nothing, exact_q, exact, scale), out_dtype)
 
-    bits = _bits(key_codebook), _bits(value_codebook)
+    bits = nuq.bits_of(key_codebook), nuq.bits_of(value_codebook)
     config = config or choose_config(rows, tokens, dim, group, q.dtype, bits, num_splits)
     dtype = jnp.float32 if q.dtype == jnp.float32 else jnp.float16
     turns = None
@@ -132,8 +132,8 @@ def nuq_decode_attention(
         _words(value_codes),
         key_scale,
         key_zero,
-        _table(key_codebook, config.key_codes).astype(dtype),
-        _table(nuq.value_entries(value_codebook, q.dtype), config.value_codes).astype(dtype),
+        nuq.combinations(key_codebook, config.key_codes).astype(dtype),
+        nuq.combinations(nuq.value_entries(value_codebook, q.dtype), config.value_codes).astype(dtype),
         value_scale_zero,
         _pools(key_outliers),
         _pools(value_outliers),
@@ -185,10 +185,6 @@ def _check_supported(dim: int, group: int) -> None:
         )
 
 
-def _bits(codebook: Array) -> int:
-    return codebook.shape[0].bit_length() - 1
-
-
 def _unit(run: int, bits: int) -> int:
     """How many codes are cut from a word together, of a run of `run` codes: a word full, or three bytes full."""
     return min(run, 8 if bits == 3 else 32 // bits)
@@ -198,13 +194,6 @@ def _words(codes: UInt8[Array, "B Hkv S bytes"]) -> Int32[Array, "R S words"]:
     """Codes viewed as signed words (no copy)."""
     *_, tokens, size = codes.shape
     return lax.bitcast_convert_type(codes.reshape(-1, tokens, size // 4, 4), jnp.int32)
-
-
-def _table(codebook: Float32[Array, "K"], at_once: int) -> Float32[Array, "1 combinations n"]:
-    """What `at_once` neighbouring codes stand for."""
-    bits = _bits(codebook)
-    index = np.arange(2 ** (bits * at_once))[:, None] >> (bits * np.arange(at_once))
-    return codebook[index & (2**bits - 1)][None]
 
 
 def _pools(words: UInt32[Array, "B Hkv tiles slots"] | None) -> Int32[Array, "R tiles slots"] | None:

@@ -106,10 +106,11 @@ def _append(
 
             lanes.when(slot < slots, u32(0), encode)
             if ring is not None:  # what leaves was read by all before the first barrier of `encode`
-                _copy(p, fresh, held, u32(0).equals(0))
+                _copy(p, fresh, held)
             if sinks:
                 slot = position.minimum(sink - 1)
-                _copy(p, fresh, at(sinks[which], lanes.wide_product(row * sink + slot, p.row_bytes)), position < sink)
+                with lanes.do_when(position < sink):
+                    _copy(p, fresh, at(sinks[which], lanes.wide_product(row * sink + slot, p.row_bytes)))
             return u32(0)
 
         return run
@@ -122,8 +123,8 @@ def _append(
         lanes.when((block & 1).equals(which), u32(0), run)
 
 
-def _copy(p: encoding.Problem, source: Pointer, target: Pointer, wanted: Reg) -> None:
-    """A row if it is wanted, a word a thread."""
+def _copy(p: encoding.Problem, source: Pointer, target: Pointer) -> None:
+    """A row, a word a thread."""
     thread = lanes.thread()
-    with lanes.do_when(wanted & (thread < p.row_bytes // 4)):
+    with lanes.do_when(thread < p.row_bytes // 4):
         lanes.store(at(target, thread << 2), lanes.load(at(source, thread << 2), 1))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Int32, UInt8
 
 from pallas_kernels import dispatch, packing
-from pallas_kernels.exact import ExactTokens
+from pallas_kernels.exact import ExactTokens, check
 
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -65,7 +65,7 @@ def vq_decode_attention(
         NotImplementedError: the named implementation does not serve this format.
     """
     _check(q, key_codes, value_codes, key_codebook, value_codebook, lengths, num_splits)
-    _check_exact(q, key_codes, exact, exact_q)
+    check("vq_decode_attention", q, key_codes.shape[1], exact, exact_q)
     heads, dim = key_codes.shape[1], q.shape[2]
     if query_scale is not None and query_scale.shape != (heads, dim):
         raise ValueError(f"vq_decode_attention: query_scale must be [{heads}, {dim}], got {query_scale.shape}")
@@ -106,20 +106,6 @@ def _check(q, key_codes, value_codes, key_codebook, value_codebook, lengths, num
         )
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"vq_decode_attention: num_splits must be at least 1 or None, got {num_splits}")
-
-
-def _check_exact(q, key_codes, exact, exact_q) -> None:
-    batch, heads = key_codes.shape[:2]
-    if exact and (exact_q is None or exact_q.shape != q.shape):
-        raise ValueError(f"vq_decode_attention: exact tokens need exact_q of shape {q.shape}")
-    for tokens in exact:
-        window = tokens.keys.shape[2:3]
-        want = (batch, heads, *window, q.shape[2])
-        if tokens.keys.shape != want or tokens.values.shape != want or tokens.valid.shape != (batch, *window):
-            raise ValueError(
-                f"vq_decode_attention: exact keys and values must be [{batch}, {heads}, W, {q.shape[2]}] and valid "
-                f"[{batch}, W], got {tokens.keys.shape}, {tokens.values.shape} and {tokens.valid.shape}"
-            )
 
 
 def _check_codes(name: str, codes, codebook, dim: int) -> None:

@@ -82,7 +82,7 @@ class Table:
     def shared_end(self) -> int:
         return self.offset + (self.format.entries - 1) * self.stride + self.run
 
-    def fill(self, shared: Pointer, threads: int, head: Reg, codebook: Pointer) -> None:
+    def fill(self, shared: Pointer, threads: int, head: Reg, codebook: Pointer, *_: Pointer) -> None:
         """The copies of every entry, 16 bytes a thread at a time."""
         form, thread = self.format, lanes.thread()
         book = codebook if self.one_book else at(codebook, lanes.wide_product(head, form.entries * form.size))

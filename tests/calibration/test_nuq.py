@@ -21,6 +21,7 @@ from vecinfer_jax.evaluation import table
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.layerwise import Layerwise
 
+GRADIENTS = frozenset({"gradients"})
 OPTIONS = {"passages": 5, "passage_length": 24, "batch": 2, "progress": False}
 
 
@@ -127,8 +128,7 @@ def test_gradients_taken_layer_by_layer_are_those_of_the_whole_loss():
 def test_statistics_are_the_same_with_gradients_and_without():
     lm = small.model()
     plain = collect(lm, small.texts(), samples=80, **OPTIONS)
-    more = collect(lm, small.texts(), samples=80, gradients=True, **OPTIONS)
-    assert more.with_gradients and not plain.with_gradients
+    more = collect(lm, small.texts(), samples=80, wanted=GRADIENTS, **OPTIONS)
     for a, b in zip(plain.statistics, more.statistics, strict=True):
         assert a.key_gradients is None and b.key_gradients.shape == b.keys.shape == (80, 2, 16)
         for field in dataclasses.fields(a):
@@ -144,7 +144,7 @@ def test_statistics_are_the_same_with_gradients_and_without():
 def test_gradients_stand_beside_the_keys_they_are_of():
     """The last token of a passage is read by no prediction that counts: its gradients are 0, and only its."""
     lm = small.model()
-    activations = collect(lm, small.texts(), samples=80, gradients=True, **OPTIONS)
+    activations = collect(lm, small.texts(), samples=80, wanted=GRADIENTS, **OPTIONS)
     for layer in activations.statistics:
         last = layer.positions == 23
         silent = ~np.any(np.asarray(layer.value_gradients, np.float32), axis=(1, 2))
@@ -154,8 +154,8 @@ def test_gradients_stand_beside_the_keys_they_are_of():
 @pytest.mark.slow
 def test_a_calibration_has_the_share_of_outliers_and_reads_back(tmp_path):
     lm, method = small.model(), KVQuant(bits=3, outliers=0.04, sink=2)
-    assert method.needs_gradients and PerLayer(FullPrecision(), ((1, method),)).needs_gradients
-    activations = collect(lm, small.texts(), samples=4000, gradients=True, **OPTIONS)
+    assert method.wanted_statistics() == PerLayer(FullPrecision(), ((1, method),)).wanted_statistics() == GRADIENTS
+    activations = collect(lm, small.texts(), samples=4000, wanted=GRADIENTS, **OPTIONS)
     made = fit(lm, method, activations, progress=False)
     for layer, statistics in zip(made.layers, activations.statistics, strict=True):
         assert {name: x.shape for name, x in layer.items()} == {
@@ -180,7 +180,7 @@ def test_a_calibration_has_the_share_of_outliers_and_reads_back(tmp_path):
 
 
 def test_passages_of_sinks_only_are_refused():
-    activations = collect(small.model(), small.texts(), gradients=True, **OPTIONS)
+    activations = collect(small.model(), small.texts(), wanted=GRADIENTS, **OPTIONS)
     with pytest.raises(CalibrationError, match="first 24"):
         fit(small.model(), KVQuant(sink=24), activations, progress=False)
 
@@ -188,14 +188,15 @@ def test_passages_of_sinks_only_are_refused():
 def test_a_table_collects_gradients_once_and_only_where_they_are_wanted(tmp_path, monkeypatch):
     asked = []
 
-    def counted(lm, texts=None, *, gradients=False, **_):
-        asked.append(gradients)
-        return collect(lm, small.texts(), gradients=gradients, **OPTIONS)
+    def counted(lm, texts=None, *, wanted=frozenset(), **_):
+        asked.append(wanted == GRADIENTS)
+        return collect(lm, small.texts(), wanted=wanted, **OPTIONS)
 
     monkeypatch.setattr(table, "collect", counted)
     made = table.Table(small.model(), tmp_path, progress=False)
     for wanted in (False, False, True, False, True):
-        assert made._activations(0, frozenset(), wanted).with_gradients or not wanted
+        held = made._activations(0, GRADIENTS if wanted else frozenset()).statistics
+        assert all(layer.key_gradients is not None for layer in held) or not wanted
     assert asked == [False, True]
-    made._activations(1, frozenset(), False)
+    made._activations(1, frozenset())
     assert asked == [False, True, False]

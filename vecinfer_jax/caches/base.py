@@ -97,11 +97,6 @@ class CacheMethod(abc.ABC):
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
 
-    @property
-    def needs_gradients(self) -> bool:
-        """Whether `calibrate_layer` wants the loss's gradients among the statistics."""
-        return False
-
     @abc.abstractmethod
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> LayerCache:
         """An empty cache of one layer for `capacity` tokens a sequence. Called under `jit`."""
@@ -175,7 +170,8 @@ class CacheMethod(abc.ABC):
         return v_kernel, v_bias, o_kernel
 
     def wanted_statistics(self) -> frozenset[str]:
-        """What calibration wants beside what is always collected: "weights" and "windows" of `LayerStatistics`."""
+        """What calibration wants beside what is always collected: "weights", "windows" and "gradients" of
+        `LayerStatistics`."""
         return frozenset()
 
     @property

@@ -127,7 +127,11 @@ class KVQuant(WindowedMethod):
 
     @property
     def needs_gradients(self) -> bool:
+        """Whether the Fisher information is wanted."""
         return self.fisher and self.codebook == "nuq"
+
+    def wanted_statistics(self) -> frozenset[str]:
+        return frozenset({"gradients"} if self.needs_gradients else ())
 
     @property
     def pooled(self) -> bool:
@@ -356,7 +360,7 @@ class KVQuant(WindowedMethod):
                 f"no passage has a token after its first {self.sink}: give longer ones or fewer sinks"
             )
         if self.needs_gradients and statistics.key_gradients is None:
-            raise CalibrationError("KVQuant(fisher=True) needs gradients: collect(..., gradients=True)")
+            raise CalibrationError("KVQuant(fisher=True) needs gradients: collect(..., wanted={'gradients'})")
 
         def sampled(x: Any) -> Float32[np.ndarray, "N Hkv D"] | None:
             return np.asarray(x)[coded].astype(np.float32) if x is not None and self.needs_gradients else None

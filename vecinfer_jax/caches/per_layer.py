@@ -23,10 +23,6 @@ class PerLayer(CacheMethod):
     def needs_calibration(self) -> bool:  # type: ignore[override]
         return any(m.needs_calibration for m in (self.default, *dict(self.overrides).values()))
 
-    @property
-    def needs_gradients(self) -> bool:
-        return any(m.needs_gradients for m in (self.default, *dict(self.overrides).values()))
-
     def for_layer(self, index: int, num_layers: int) -> CacheMethod:
         outside = [i for i, _ in self.overrides if not 0 <= i < num_layers]
         if outside:

@@ -43,11 +43,6 @@ class Activations:
     metadata: dict[str, Any]
     passages: list[list[int]] = dataclasses.field(default_factory=list)
 
-    @property
-    def with_gradients(self) -> bool:
-        """Whether the loss's gradients are among the statistics."""
-        return all(layer.key_gradients is not None for layer in self.statistics)
-
 
 def calibrate(
     lm: LanguageModel,
@@ -88,7 +83,6 @@ def calibrate(
         seed=seed,
         wanted=method.wanted_statistics(),
         progress=progress,
-        gradients=method.needs_gradients,
     )
     return fit(lm, method, activations, progress=progress)
 
@@ -104,13 +98,11 @@ def collect(
     seed: int = 0,
     wanted: frozenset[str] = frozenset(),
     progress: bool = True,
-    gradients: bool = False,
 ) -> Activations:
     """Runs a model over text and keeps what calibrations need; takes and raises what `calibrate` does.
 
-    `gradients`: of the loss with respect to the sampled tokens' keys and values too, which takes several times as long;
-    all else is the same with and without.
-    `wanted`: what is kept beside what every method needs (`CacheMethod.wanted_statistics`).
+    `wanted`: what is kept beside what every method needs (`CacheMethod.wanted_statistics`); all else is the same with
+    and without. Gradients take several times as long.
     """
     if passages < 1 or batch < 1 or samples < 1:
         raise InputError(f"passages={passages}, samples={samples} and batch={batch} must be 1 or more")
@@ -150,7 +142,7 @@ def collect(
         windows=min(passages, WINDOWS) if "windows" in wanted else 0,
         length=passage_length,
         progress=progress,
-        gradients=gradients,
+        gradients="gradients" in wanted,
     )
     metadata = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},

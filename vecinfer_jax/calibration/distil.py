@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape
+from vecinfer_jax.calibration.fisher import gradient_by_rows
 from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
 from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
 from vecinfer_jax.models.layerwise import head_of, unembed
@@ -25,8 +26,6 @@ from vecinfer_jax.rope import apply_rope
 # Adam's rates, as shares of an array's root mean square; they fall to 0 as a cosine.
 RATES = {"key_codebook": 5e-3, "value_codebook": 5e-3, "query_map": 2.5e-3}
 STEPS = 256
-# Rows of logits that exist at one time.
-LOGIT_ROWS = 256
 
 
 class Differentiable(CacheMethod):
@@ -157,16 +156,11 @@ def _divergence_gradient(
 ) -> Float[Array, "T hidden"]:
     """Gradient of the mean KL(full || coded) of predictions, with respect to the last layer's output."""
     count = hidden.shape[0]
-    pad = [(0, -count % LOGIT_ROWS), (0, 0)]
-    rows = [jnp.pad(x, pad).reshape(-1, LOGIT_ROWS, x.shape[1]) for x in (hidden, full)]
 
-    def block(args: tuple[Array, Array]) -> Array:
-        ours, exact = args
-        target = jax.nn.softmax(unembed(config, dtype, head, exact))
+    def logits(x: Array) -> Array:
+        return unembed(config, dtype, head, x)
 
-        def loss(x: Array) -> Array:  # the KL but for its constant part
-            return -jnp.sum(target * jax.nn.log_softmax(unembed(config, dtype, head, x))) / count
+    def loss(ours: Array, exact: Array) -> Array:  # the KL but for its constant part
+        return -jnp.sum(jax.nn.softmax(logits(exact)) * jax.nn.log_softmax(ours)) / count
 
-        return jax.grad(loss)(ours)
-
-    return jax.lax.map(block, (rows[0], rows[1])).reshape(-1, hidden.shape[1])[:count]
+    return gradient_by_rows(logits, loss, hidden, full)

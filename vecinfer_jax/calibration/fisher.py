@@ -8,7 +8,7 @@ stay whose keys and values `Statistics` samples.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -145,24 +145,32 @@ def _loss_gradient(
     batch, width = tokens.shape
     targets = jnp.roll(tokens, -1, axis=1)
     counts = jnp.arange(width)[None, :] < lengths[:, None] - 1
-    padding = -batch * width % LOGIT_ROWS
 
-    def rows(x: jax.Array) -> jax.Array:
-        x = x.reshape(batch * width, *x.shape[2:])
-        x = jnp.pad(x, [(0, padding)] + [(0, 0)] * (x.ndim - 1))
+    def loss(logits: Array, target: Array, count: Array) -> Array:
+        likelihood = jax.nn.log_softmax(logits)
+        return -jnp.sum(jnp.where(count, jnp.take_along_axis(likelihood, target[:, None], 1)[:, 0], 0.0))
+
+    rows = (x.reshape(batch * width, *x.shape[2:]) for x in (hidden, targets, counts))
+    return gradient_by_rows(lambda x: unembed(config, dtype, head, x), loss, *rows).reshape(hidden.shape)
+
+
+def gradient_by_rows(
+    logits: Callable[[Array], Array], loss: Callable[..., Array], hidden: Float[Array, "N hidden"], *others: Array
+) -> Float[Array, "N hidden"]:
+    """The gradient at `hidden` of the sum over rows of loss(logits(hidden), *others); logits exist a block of rows at a
+    time. Rows of zeros (false) fill the last block."""
+    count = hidden.shape[0]
+
+    def blocks(x: Array) -> Array:
+        x = jnp.pad(x, [(0, -count % LOGIT_ROWS)] + [(0, 0)] * (x.ndim - 1))
         return x.reshape(-1, LOGIT_ROWS, *x.shape[1:])
 
-    def block(args: tuple[jax.Array, ...]) -> jax.Array:
-        x, target, count = args
+    def block(args: tuple[Array, ...]) -> Array:
+        x, *rest = args
+        return jax.grad(lambda x: loss(logits(x), *rest))(x)
 
-        def loss(x: jax.Array) -> jax.Array:
-            likelihood = jax.nn.log_softmax(unembed(config, dtype, head, x))
-            return -jnp.sum(jnp.where(count, jnp.take_along_axis(likelihood, target[:, None], 1)[:, 0], 0.0))
-
-        return jax.grad(loss)(x)
-
-    out = jax.lax.map(block, (rows(hidden), rows(targets), rows(counts)))
-    return out.reshape(-1, hidden.shape[-1])[: batch * width].reshape(hidden.shape)
+    out = jax.lax.map(block, tuple(map(blocks, (hidden, *others))))
+    return out.reshape(-1, hidden.shape[-1])[:count]
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

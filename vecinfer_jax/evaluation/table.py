@@ -227,26 +227,25 @@ class Table:
                 except CalibrationError:
                     pass  # damaged: made again
             seed = row.seed or 0
-            wanted = row.method.wanted_statistics(), row.method.needs_gradients
-            made = fit(self.lm, row.method, self._activations(seed, *wanted), progress=False)
+            activations = self._activations(seed, row.method.wanted_statistics())
+            made = fit(self.lm, row.method, activations, progress=False)
             made.save(directory, force=True)
             return made
 
         return self._once(("calibration", digest), make)
 
-    def _activations(self, seed: int, wanted: frozenset[str], gradients: bool) -> Activations:
-        """With gradients too, which change nothing else, where a method before wanted them."""
-        held = self._kept.get("activations")
-        if gradients and held is not None and not held[1].with_gradients:
-            del self._kept["activations"]
-        return self._once(("activations", (seed, wanted)), lambda: self._collect(seed, wanted, gradients))
+    def _activations(self, seed: int, wanted: frozenset[str]) -> Activations:
+        """With more, which changes nothing else, where a method before wanted more."""
+        _, held_seed, held = self._kept.get("activations", (None,))[0] or (None, None, frozenset())
+        if held_seed == seed and wanted <= held:
+            wanted = held
+        return self._once(("activations", seed, wanted), lambda: self._collect(seed, wanted))
 
-    def _collect(self, seed: int, wanted: frozenset[str], gradients: bool) -> Activations:
+    def _collect(self, seed: int, wanted: frozenset[str]) -> Activations:
         texts = self._texts
         if texts is not None:
             texts = [texts[i] for i in np.random.default_rng(seed).permutation(len(texts))]
-        options = self._calibrate | ({"gradients": True} if gradients else {})
-        return collect(self.lm, texts, seed=seed, wanted=wanted, progress=False, **options)
+        return collect(self.lm, texts, seed=seed, wanted=wanted, progress=False, **self._calibrate)
 
     def _kept_for(self, key: Any, make: Callable[[], Any]) -> Any:
         """What every method needs of a task."""
