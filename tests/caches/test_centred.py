@@ -111,7 +111,12 @@ def test_values_that_are_not_rotated_take_no_copies_of_weights():
 
 
 @pytest.mark.parametrize(
-    "settings", [{"transform": "metric", "rotate_values": True}, {"transform": "mean-smooth-hadamard"}], ids=str
+    "settings",
+    [
+        {"transform": "metric", "rotate_values": True},
+        pytest.param({"transform": "mean-smooth-hadamard"}, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
 def test_they_calibrate_generate_and_are_evaluated(settings):
     lm, method = small.model(), VecInfer(bits=2, residual=4, sink=1, **settings)

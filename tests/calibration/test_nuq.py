@@ -125,6 +125,7 @@ def test_gradients_taken_layer_by_layer_are_those_of_the_whole_loss():
         assert float(slope) == pytest.approx(float(wanted[0][0, 3, 1, 5]), abs=2e-3)
 
 
+@pytest.mark.slow
 def test_statistics_are_the_same_with_gradients_and_without():
     lm = small.model()
     plain = collect(lm, small.texts(), samples=80, **OPTIONS)

@@ -39,7 +39,7 @@ def test_the_golds_likelihood_is_the_models():
 
 
 @pytest.mark.parametrize("prefill", ["coded", "exact"])
-@pytest.mark.parametrize("method", METHODS, ids=repr)
+@pytest.mark.parametrize("method", [*METHODS[:-1], pytest.param(METHODS[-1], marks=pytest.mark.slow)], ids=repr)
 def test_greedy_answers_are_those_of_generate(method, prefill):
     result = run(method, prefill=prefill)
     cases = StandIn().cases(small.model())[:3]
