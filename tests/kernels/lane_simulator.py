@@ -18,10 +18,11 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import mosaic_gpu as plain
+from pallas_kernels.group_int_decode_attention import mosaic_gpu as _group_int  # noqa: F401 - for `install`
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.nuq_decode_attention import mosaic_gpu as nuq
 from pallas_kernels.rms_norm import mosaic_gpu as norm
-from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
+from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - for `install`
 from pallas_kernels.vq_decode_attention import mosaic_gpu as attention
 from pallas_kernels.vq_encode import mosaic_gpu as encoding
 
