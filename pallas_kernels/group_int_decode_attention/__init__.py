@@ -37,7 +37,7 @@ def group_int_decode_attention(
 
     Args:
         q: queries after RoPE.
-        key_codes, key_scale_zero, value_codes, value_scale_zero: of S tokens, as `layout` stores them (its `encode_keys`
+        key_codes, key_scale_zero, value_codes, value_scale_zero: of S tokens, as `layout` stores them (`encode_keys`
             and `encode_values` make them). No scale is negative.
         lengths: tokens that count in each row, 0 to S; not only whole groups.
         layout: how they are stored; static.

@@ -4,13 +4,13 @@
 code x 2^k x 2^-24 (subnormal), which the tensor cores multiply as any other. One AND makes a pair of elements; 2^k
 depends on the channel only and goes, as 2^-k, into the query, or is taken off the output.
 
-*Keys.* score = sum_d (q_d s_d) code_d + sum_d q_d z_d. Both q s and the second sum are made once a tile, which is of one
-group of tokens; the sum by the tensor cores, too, of zeros as they lie in memory. Queries are divided by a power of two
-above their largest element, so that no product with a scale leaves float16.
+*Keys.* score = sum_d (q_d s_d) code_d + sum_d q_d z_d. Both q s and the second sum are made once a tile, which is of
+one group of tokens; the sum by the tensor cores, too, of zeros as they lie in memory. Queries are divided by a power of
+two above their largest element, so that no product with a scale leaves float16.
 
-*Values.* A token's scale multiplies its weight. As a float16 that would lose far tokens, so a tile's weights are divided
-by a power of two near the largest of them, and the tile's outputs, multiplied by it, are added to the outputs in
-float32: they keep eleven bits, where a bfloat16 has eight. Zeros are sums of their own, one for every group of
+*Values.* A token's scale multiplies its weight. As a float16 that would lose far tokens, so a tile's weights are
+divided by a power of two near the largest of them, and the tile's outputs, multiplied by it, are added to the outputs
+in float32: they keep eleven bits, where a bfloat16 has eight. Zeros are sums of their own, one for every group of
 channels. A lane has four of every 32 channels ("strided"), so that each operation of the tensor cores is of one group.
 
 Memory binds: a warp loads the next tile, whole words of codes side by side, before it works on one.
@@ -207,7 +207,7 @@ class _Queries:
         largest = lanes.largest(lanes.reduce(Reg.maximum, sizes).as_bits()).as_float()
         self.unit, inverse = _power_above(largest)
         divided = [[[x * inverse for x in pair] for pair in of_block] for of_block in wide]
-        self.plain = [_steps([lanes.pack_pair(*pair, "f16") for pair in of_block]) for of_block in divided]
+        self.plain = [_steps([lanes.pack_pair(a, b, "f16") for a, b in of_block]) for of_block in divided]
         # Of a quarter's pairs of channels, this lane has every other one.
         period = _period(layout, layout.dim // 8)
         odd = (place.r & 1).differs(0).where(f32(2.0**-layout.bits), f32(1.0))
