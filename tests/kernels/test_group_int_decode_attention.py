@@ -4,6 +4,8 @@ Bounds: 3e-3 of the largest value on the output for 16-bit queries, 2e-5 for flo
 reach S, 3e-3 S and 2e-5 S.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,17 @@ from pallas_kernels.group_int_decode_attention import mosaic_gpu, reference
 from pallas_kernels.mosaic_gpu.decode_attention import Config
 from tests.kernels import cases, lane_simulator, oracle
 
-every = pytest.mark.parametrize("how", [*cases.EVERYWHERE, cases.MOSAIC_GPU], ids=[*cases.NAMES, "mosaic-gpu"])
-# The Triton kernel's interpret mode is slow, and what these ask of it others do, too.
-xla_and_mosaic = pytest.mark.parametrize("how", [cases.EVERYWHERE[0], cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
+# The Triton kernel's interpret mode is slow: of the ordinary run it has a few cases.
+XLA, TRITON = cases.EVERYWHERE
+every = pytest.mark.parametrize(
+    "how",
+    [XLA, pytest.param(TRITON, marks=pytest.mark.slow), cases.MOSAIC_GPU],
+    ids=["xla", "triton-interpret", "mosaic-gpu"],
+)
+mosaic = pytest.mark.parametrize(
+    "how", [pytest.param(XLA, marks=pytest.mark.slow), cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"]
+)
+xla_and_mosaic = pytest.mark.parametrize("how", [XLA, cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
 names = ("q", "key_codes", "key_scale_zero", "value_codes", "value_scale_zero", "lengths")
 
 
@@ -31,6 +41,16 @@ def simulated(request, monkeypatch):
 def finest(how) -> str:
     """The dtype in which an implementation is most exact."""
     return "bfloat16" if how == cases.MOSAIC_GPU else "float32"
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode(layout, keys, values):
+    return *layout.encode_keys(keys), *layout.encode_values(values)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def decode(layout, key_codes, key_scale_zero, value_codes, value_scale_zero):
+    return layout.decode_keys(key_codes, key_scale_zero), layout.decode_values(value_codes, value_scale_zero)
 
 
 def expected_of(arrays, options):
@@ -63,6 +83,10 @@ def test_the_output_is_the_softmax_over_the_tokens_that_count(case, how):
         assert "\n" not in str(error.value)
         return
     check(case, **how)
+
+
+def test_the_triton_kernel_gives_the_softmax_over_the_tokens_that_count():
+    check(cases.GROUP_INT[3], **TRITON)
 
 
 @pytest.mark.gpu
@@ -100,17 +124,16 @@ def test_what_lies_past_the_length_is_never_seen(how):
     layout = case.layout
     before = group_int_decode_attention(q, *coded, lengths, **options, **how)
     past = jnp.arange(128)[:, None] >= lengths[:, None, None, None]
-    for i, (pack, unpack) in enumerate(
-        [(layout.pack_keys, layout.unpack_keys), (layout.pack_values, layout.unpack_values)]
-    ):
-        codes = unpack(coded[2 * i])
-        coded[2 * i] = pack(jnp.where(past, 3 - codes, codes))
+    pairs = [(layout.pack_keys, layout.unpack_keys), (layout.pack_values, layout.unpack_values)]
+    for i, (pack, unpack) in enumerate(pairs):
+        turned = jax.jit(lambda x, pack=pack, unpack=unpack: pack(jnp.where(past, 3 - unpack(x), unpack(x))))
+        coded[2 * i] = turned(coded[2 * i])
     after = group_int_decode_attention(q, *coded, lengths, **options, **how)
     for a, b in zip(before, after, strict=True):
         np.testing.assert_array_equal(a, b)
 
 
-@xla_and_mosaic
+@mosaic
 def test_an_output_in_16_bits_is_the_float32_one_rounded(how):
     arrays, options = cases.GroupInt(dim=64, lengths=(0, 40)).arguments()
     wide, _ = group_int_decode_attention(*arrays, **options, **how)
@@ -141,7 +164,7 @@ def test_exact_tokens_stand_in_the_same_softmax(how, tokens):
     np.testing.assert_allclose(lse, expected_lse, rtol=exactness, atol=exactness)
 
 
-@xla_and_mosaic
+@mosaic
 def test_it_runs_under_vmap_in_a_jit(how):
     case = cases.GroupInt(dim=64, group=3, lengths=(7, 64), tokens=64, dtype=finest(how))
     arrays, options = case.arguments()
@@ -163,7 +186,7 @@ def test_many_tokens_of_small_weight_count(how):
     keys[:, :, 0] = 0.0
     keys, values = jnp.asarray(keys, jnp.float32), jnp.zeros((1, heads, tokens, 64)).at[:, :, 1:].set(1e-3)
     values = values.at[..., 0].add(1e-3)  # a scale of a thousandth, too
-    arrays = *layout.encode_keys(keys), *layout.encode_values(values)
+    arrays = encode(layout, keys, values)
     q = jnp.ones((1, 1, 64), finest(how))
     output, _ = group_int_decode_attention(
         q, *arrays, jnp.array([tokens], jnp.int32), layout=layout, scale=1 / 8, **how
@@ -177,7 +200,7 @@ def test_the_largest_keys_and_values_stay_finite(how):
     layout = Layout(64, 2, 64, 64)
     rng = np.random.default_rng(0)
     keys, values = (jnp.asarray(rng.choice([-6e4, 0.0, 6e4], (1, 1, 64, 64)), jnp.float32) for _ in range(2))
-    arrays = *layout.encode_keys(keys), *layout.encode_values(values)
+    arrays = encode(layout, keys, values)
     q = jnp.asarray(rng.normal(size=(1, 2, 64)), finest(how))
     lengths = jnp.array([64], jnp.int32)
     got = group_int_decode_attention(q, *arrays, lengths, layout=layout, scale=1e-6, **how)
@@ -204,11 +227,11 @@ LAYOUTS = [
 def test_codes_scales_and_zeros_lie_where_the_definition_says(layout):
     rng = np.random.default_rng(0)
     keys, values = (rng.normal(size=(1, 2, 2 * layout.token_group, layout.dim)).astype(np.float32) for _ in range(2))
-    coded = *layout.encode_keys(jnp.asarray(keys)), *layout.encode_values(jnp.asarray(values))
+    coded = encode(layout, jnp.asarray(keys), jnp.asarray(values))
     tokens = keys.shape[2]
     shapes = *layout.key_shapes(tokens), *layout.value_shapes(tokens)
     assert [x.shape[2:] for x in coded] == list(shapes)
-    read = layout.decode_keys(*coded[:2]), layout.decode_values(*coded[2:])
+    read = decode(layout, *coded)
     g, c, bits = layout.token_group, layout.channel_group, layout.bits
     for head in range(2):
         dense = oracle.group_int_dense(*(np.asarray(x)[0, head] for x in coded), layout)
@@ -227,11 +250,9 @@ def test_codes_scales_and_zeros_lie_where_the_definition_says(layout):
 def test_groups_of_tokens_are_coded_alike_together_and_one_by_one():
     layout = Layout(64, 2, 64, 64)
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 1, 192, 64)), jnp.bfloat16)
-    for encode in (layout.encode_keys, layout.encode_values):
-        whole = encode(x)
-        parts = [encode(x[:, :, i : i + 64]) for i in (0, 64, 128)]
-        for a, b in zip(whole, zip(*parts, strict=True), strict=True):
-            np.testing.assert_array_equal(a, jnp.concatenate(b, axis=2))
+    parts = [encode(layout, *[x[:, :, i : i + 64]] * 2) for i in (0, 64, 128)]
+    for whole, of_groups in zip(encode(layout, x, x), zip(*parts, strict=True), strict=True):
+        np.testing.assert_array_equal(whole, np.concatenate(of_groups, axis=2))
 
 
 def test_equal_elements_have_a_scale_of_0_and_are_read_back():

@@ -1,0 +1,87 @@
+"""KIVI through its fused kernels, and TailorKV's quantised layers as settings of it; all else is in
+test_baselines.py."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.caches.harness import LAYER, chunk_at
+from tests.kernels import lane_simulator
+from vecinfer_jax.caches import KIVI
+from vecinfer_jax.errors import InputError
+from vecinfer_jax.rope import Rope
+
+HOPPER = dataclasses.replace(
+    LAYER, num_query_heads=6, num_kv_heads=2, head_dim=64, dtype=jnp.dtype("bfloat16"), rope=Rope(1e4, 64)
+)
+
+
+def chunk_of(start, lengths, tokens, first):
+    chunk = chunk_at(start, lengths, tokens, first)
+    cos, sin = HOPPER.rope.cos_sin(chunk.positions)
+    return dataclasses.replace(chunk, layer=HOPPER, cos=cos, sin=sin)
+
+
+@pytest.mark.parametrize(("residual", "sink"), [(5, 3), (0, 0)])
+def test_a_step_through_the_kernels_is_the_step_in_plain_jax(residual, sink, monkeypatch):
+    lane_simulator.install(monkeypatch)
+    rng = np.random.default_rng(0)
+    plain, fused = (
+        KIVI(bits=2, group=32, residual=residual, sink=sink, implementation=name) for name in ("xla", "mosaic_gpu")
+    )
+
+    def random(*shape):
+        return jnp.asarray(rng.normal(size=shape), jnp.bfloat16)
+
+    lengths = np.array([32 + residual + sink - 2, 2])  # row 0 fills a group with the second token
+    tokens = int(lengths.max())
+    _, cache = jax.jit(plain.prefill)(
+        random(2, tokens, 6, 64),
+        random(2, tokens, 2, 64),
+        random(2, tokens, 2, 64),
+        chunk_of([0, 0], lengths, tokens, True),
+        plain.init(HOPPER, 2, 96),
+    )
+    caches = [cache, cache]
+    decode = [jax.jit(method.decode) for method in (plain, fused)]
+    for step in range(3):
+        at = chunk_of(lengths + step, np.array([1, 1]), 1, False)
+        q, k, v = random(2, 6, 64), random(2, 2, 64), random(2, 2, 64)
+        outs = []
+        for i in range(2):
+            out, caches[i] = decode[i](q, k, v, at, caches[i])
+            outs.append(np.asarray(out, np.float32))
+        np.testing.assert_allclose(outs[1], outs[0], atol=2e-2)
+        for a, b in zip(*map(jax.tree.leaves, caches), strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+    assert plain.coded_count(caches[0].lengths).tolist() == [32, 0]
+    assert caches[0].store.key_codes.any()
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_tailorkvs_quantised_layers_are_served_by_the_kernels(bits, head_dim):
+    """Section 3.2: groups of 64, keys' along tokens and values' along channels."""
+    layout = KIVI(bits=bits, group=64, residual=128).layout(head_dim)
+    assert layout.for_lanes
+    assert (layout.token_group, layout.channel_group, layout.parts) == (64, 64, head_dim // 64)
+
+
+def test_values_may_have_groups_of_their_own():
+    method = KIVI(bits=2, group=64, channels=32)
+    assert method.layout(128).parts == 4 and method.layout(16).channel_group == 16
+    assert method.bits_per_element(dataclasses.replace(LAYER, head_dim=128)) == 2 + (32 / 64 + 32 / 32) / 2
+    assert method.reading() != KIVI(bits=2, group=64).reading() == KIVI(bits=2, group=64, channels=64).reading()
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({"channels": 0}, "channels=0"), ({"channels": 2.5}, "channels=2.5"), ({"implementation": "cuda"}, "mosaic_gpu")],
+)
+def test_settings_that_make_no_sense_are_refused_in_one_line(settings, said):
+    with pytest.raises(InputError, match=said) as error:
+        KIVI(**settings)
+    assert "\n" not in str(error.value)
