@@ -6,6 +6,7 @@ anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the be
 
 from pallas_kernels import group_int, nuq, packing, split_k
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.group_int_append import group_int_append
 from pallas_kernels.group_int_decode_attention import group_int_decode_attention
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.nuq_decode_attention import nuq_decode_attention
@@ -18,6 +19,7 @@ __all__ = [
     "ExactTokens",
     "decode_attention",
     "group_int",
+    "group_int_append",
     "group_int_decode_attention",
     "hadamard",
     "nuq",

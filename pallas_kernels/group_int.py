@@ -40,7 +40,8 @@ def fit(x: Float[Array, "..."], axis: int, bits: int) -> Scaling:
     x = x.astype(jnp.float32)
     zero = jnp.clip(jnp.min(x, axis=axis, keepdims=True), -LARGEST, LARGEST).astype(jnp.float16)
     span = jnp.max(x, axis=axis, keepdims=True) - zero.astype(jnp.float32)
-    scale = jnp.clip(span / (2**bits - 1), 0.0, LARGEST).astype(jnp.float16)
+    # A product, as compilers make of a quotient by a constant: scales are the same however this is run.
+    scale = jnp.clip(span * (1 / (2**bits - 1)), 0.0, LARGEST).astype(jnp.float16)
     return Scaling(scale, zero)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Float16, Int, UInt8
 
-from pallas_kernels import dispatch, group_int_decode_attention
+from pallas_kernels import dispatch, group_int_append, group_int_decode_attention
 from pallas_kernels.group_int import Layout
 from vecinfer_jax.caches import uniform
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
@@ -120,6 +120,40 @@ class KIVI(WindowedMethod):
             written(store.key_scale_zero, key_scale_zero, layout.token_group),
             written(store.value_codes, value_codes, layout.tile),
             written(store.value_scale_zero, value_scale_zero, layout.tile),
+        )
+
+    def push_token(
+        self,
+        cache: WindowedCache,
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        at: Int[Array, "B"],
+        layer: LayerShape,
+    ) -> WindowedCache:
+        store = cache.store
+        ring_keys, ring_values, *rest = group_int_append(
+            k,
+            v,
+            at.astype(jnp.int32),
+            cache.ring_keys,
+            cache.ring_values,
+            store.key_codes,
+            store.key_scale_zero,
+            store.value_codes,
+            store.value_scale_zero,
+            layout=self.layout(layer.head_dim),
+            sink=self.sink,
+            sinks=(cache.sink_keys, cache.sink_values),
+            implementation=dispatch.named("group_int_append", self.implementation),
+            interpret=self.interpret,
+        )
+        return dataclasses.replace(
+            cache,
+            store=KIVIStore(*rest[:4]),
+            ring_keys=ring_keys,
+            ring_values=ring_values,
+            sink_keys=rest[4],
+            sink_values=rest[5],
         )
 
     def read(
