@@ -17,17 +17,11 @@ from pallas_kernels.group_int_decode_attention import mosaic_gpu, reference
 from pallas_kernels.mosaic_gpu.decode_attention import Config
 from tests.kernels import cases, lane_simulator, oracle
 
-# The Triton kernel's interpret mode is slow: of the ordinary run it has a few cases.
+# What the ordinary run has of the others: cases that the Mosaic GPU kernel does not serve, and one of Triton's.
 XLA, TRITON = cases.EVERYWHERE
-every = pytest.mark.parametrize(
-    "how",
-    [XLA, pytest.param(TRITON, marks=pytest.mark.slow), cases.MOSAIC_GPU],
-    ids=["xla", "triton-interpret", "mosaic-gpu"],
-)
-mosaic = pytest.mark.parametrize(
-    "how", [pytest.param(XLA, marks=pytest.mark.slow), cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"]
-)
-xla_and_mosaic = pytest.mark.parametrize("how", [XLA, cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
+slow = [pytest.param(how, marks=pytest.mark.slow) for how in (XLA, TRITON)]
+every = pytest.mark.parametrize("how", [*slow, cases.MOSAIC_GPU], ids=[*cases.NAMES, "mosaic-gpu"])
+xla_and_mosaic = pytest.mark.parametrize("how", [slow[0], cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
 names = ("q", "key_codes", "key_scale_zero", "value_codes", "value_scale_zero", "lengths")
 
 
@@ -74,8 +68,19 @@ def check(case: cases.GroupInt, **how):
     assert_close((output, lse), expected_of(arrays, options), case.lengths, bound)
 
 
-@every
-@pytest.mark.parametrize("case", cases.GROUP_INT, ids=str)
+def ordinary(case, how) -> bool:
+    """Whether a case is of the ordinary run: every one once, by the kernel where that serves it."""
+    return how == (cases.MOSAIC_GPU if case.hopper else XLA) or (case, how) == (cases.GROUP_INT[3], TRITON)
+
+
+@pytest.mark.parametrize(
+    ("case", "how"),
+    [
+        pytest.param(case, how, marks=() if ordinary(case, how) else pytest.mark.slow, id=f"{case}-{name}")
+        for case in cases.GROUP_INT
+        for how, name in zip((XLA, TRITON, cases.MOSAIC_GPU), (*cases.NAMES, "mosaic-gpu"), strict=True)
+    ],
+)
 def test_the_output_is_the_softmax_over_the_tokens_that_count(case, how):
     if not {"mosaic_gpu": case.hopper, "triton": case.triton}.get(how["implementation"], True):
         with pytest.raises(NotImplementedError, match="kernel serves") as error:
@@ -83,10 +88,6 @@ def test_the_output_is_the_softmax_over_the_tokens_that_count(case, how):
         assert "\n" not in str(error.value)
         return
     check(case, **how)
-
-
-def test_the_triton_kernel_gives_the_softmax_over_the_tokens_that_count():
-    check(cases.GROUP_INT[3], **TRITON)
 
 
 @pytest.mark.gpu
@@ -133,7 +134,7 @@ def test_what_lies_past_the_length_is_never_seen(how):
         np.testing.assert_array_equal(a, b)
 
 
-@mosaic
+@xla_and_mosaic
 def test_an_output_in_16_bits_is_the_float32_one_rounded(how):
     arrays, options = cases.GroupInt(dim=64, lengths=(0, 40)).arguments()
     wide, _ = group_int_decode_attention(*arrays, **options, **how)
@@ -164,7 +165,7 @@ def test_exact_tokens_stand_in_the_same_softmax(how, tokens):
     np.testing.assert_allclose(lse, expected_lse, rtol=exactness, atol=exactness)
 
 
-@mosaic
+@xla_and_mosaic
 def test_it_runs_under_vmap_in_a_jit(how):
     case = cases.GroupInt(dim=64, group=3, lengths=(7, 64), tokens=64, dtype=finest(how))
     arrays, options = case.arguments()
