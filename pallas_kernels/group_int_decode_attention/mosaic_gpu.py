@@ -31,7 +31,7 @@ from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.mosaic_gpu.decode_attention import BLOCK, HEADS, MOST_HEADS, Config, Problem, Row
 from pallas_kernels.mosaic_gpu.lanes import Pointer, Reg, at, f32, u32
 
-_WARPGROUPS, _BLOCKS = 1, 2  # of a block; blocks of a multiprocessor
+_WARPGROUPS, _MANY_WARPGROUPS = 1, 3  # of a block
 _GROUPS = TILE // BLOCK
 _EXPONENT = 0x7F800000  # of a float32
 _SUBNORMAL = 2.0**24  # one over the smallest float16
@@ -112,11 +112,15 @@ def group_int_decode_attention(
 
 def choose_config(rows: int, tokens: int, group: int, layout: Layout, num_splits: int | None) -> Config:
     """Every multiprocessor takes its share of the tiles, as two blocks: then one begins or ends a row while the other
-    goes on. A tile is as large as a lane's registers allow, and of one group of tokens."""
+    goes on. A tile is as large as a lane's registers allow, and of one group of tokens; heads of 64 leave registers to
+    half as many warps again, in one block."""
     large = layout.token_group % (2 * TILE) == 0 and layout.dim * layout.bits <= 256 and group <= HEADS
     groups = 2 * _GROUPS if large else _GROUPS
-    blocks = rows * num_splits if num_splits else _BLOCKS * dispatch.multiprocessors()
-    return Config(groups, _WARPGROUPS, max(1, min(blocks, rows * -(-tokens // (BLOCK * groups)))))
+    narrow = layout.dim == 64
+    blocks = rows * num_splits if num_splits else dispatch.multiprocessors() * (1 if narrow else 2)
+    return Config(
+        groups, _MANY_WARPGROUPS if narrow else _WARPGROUPS, max(1, min(blocks, rows * -(-tokens // (BLOCK * groups))))
+    )
 
 
 class _Tile(NamedTuple):
