@@ -12,10 +12,11 @@ Tokens are stored in tiles: groups of tokens leave a residual window whole, so n
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float, Float16, Float32, Int, UInt8
 
 from pallas_kernels import packing
@@ -38,17 +39,18 @@ class Scaling(NamedTuple):
 def fit(x: Float[Array, "..."], axis: int, bits: int) -> Scaling:
     """The range of x along an axis (kept, with length 1) in 2^bits - 1 steps. Where all x are equal, scale is 0."""
     x = x.astype(jnp.float32)
-    zero = jnp.clip(jnp.min(x, axis=axis, keepdims=True), -LARGEST, LARGEST).astype(jnp.float16)
-    span = jnp.max(x, axis=axis, keepdims=True) - zero.astype(jnp.float32)
+    zero = _as_held(jnp.clip(jnp.min(x, axis=axis, keepdims=True), -LARGEST, LARGEST), jnp.float16)
     # A product, as compilers make of a quotient by a constant: scales are the same however this is run.
-    scale = jnp.clip(span * (1 / (2**bits - 1)), 0.0, LARGEST).astype(jnp.float16)
-    return Scaling(scale, zero)
+    step = (jnp.max(x, axis=axis, keepdims=True) - zero) * (1 / (2**bits - 1))
+    scale = _as_held(jnp.clip(step, 0.0, LARGEST), jnp.float16)
+    return Scaling(scale.astype(jnp.float16), zero.astype(jnp.float16))
 
 
 def quantise(x: Float[Array, "*shape"], scaling: Scaling, bits: int) -> Int[Array, "*shape"]:
     """Codes nearest to what they are read back as."""
     scale, zero = (part.astype(jnp.float32) for part in scaling)
-    steps = (x.astype(jnp.float32) - zero) / jnp.where(scale > 0, scale, 1.0)
+    # Not a quotient, of which compilers make this product or do not: half-way between two codes it would matter.
+    steps = (x.astype(jnp.float32) - zero) * (1.0 / jnp.where(scale > 0, scale, 1.0))
     return jnp.clip(jnp.round(steps), 0, 2**bits - 1).astype(jnp.int32)
 
 
@@ -121,6 +123,7 @@ class Layout:
         self, keys: Float[Array, "*rows S D"]
     ) -> tuple[UInt8[Array, "*rows tiles bytes"], Float16[Array, "*rows groups scales"]]:
         """Codes, scales and zeros of whole groups of tokens."""
+        keys = _as_held(keys, keys.dtype)
         *rows, tokens, _ = keys.shape
         grouped = keys.reshape(*rows, tokens // self.token_group, self.token_group, self.dim)
         scaling = fit(grouped, -2, self.bits)
@@ -132,6 +135,7 @@ class Layout:
         self, values: Float[Array, "*rows S D"]
     ) -> tuple[UInt8[Array, "*rows tiles bytes"], Float16[Array, "*rows tiles scales"]]:
         """Codes, scales and zeros."""
+        values = _as_held(values, values.dtype)
         *rows, tokens, _ = values.shape
         # The last channel again fills up the last group: neither minimum nor maximum changes.
         room = [(0, 0)] * (len(rows) + 1) + [(0, self.parts * self.channel_group - self.dim)]
@@ -224,6 +228,13 @@ class Layout:
     @property
     def _factor_order(self) -> list[_Order]:
         return [((4, 2, 4, self.parts, 2), (3, 2, 1, 0, 4))] if self.for_lanes else []
+
+
+def _as_held(x: Float[Array, "*shape"], dtype: Any) -> Float32[Array, "*shape"]:
+    """x as a dtype holds it. Compilers may leave out a conversion there and back, so that codes were not of the scale
+    that they are read back with, or a prompt's not those of the same tokens from a window."""
+    kind = jnp.finfo(dtype)
+    return lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
 
 
 def _arranged(x: Array, orders: Sequence[_Order]) -> Array:

@@ -59,7 +59,7 @@ class Problem:
 
     @property
     def shared_bytes(self) -> int:
-        """The group; scales and zeros (of keys, before them, the slices' ranges), float32."""
+        """The group; what codes are made with (of keys, before it, the slices' ranges), float32."""
         layout = self.layout
         return self.group_bytes + max(16 * self.threads, 8 * layout.token_group * layout.parts)
 
@@ -195,8 +195,8 @@ def _rounded(x: Reg) -> Reg:
 
 
 def _fit_keys(p: Problem, target: Pointer, shared: Pointer) -> None:
-    """Scales and zeros of the group's channels, two channels a thread; behind the group in shared memory, two scales
-    and two zeros a pair."""
+    """Scales and zeros of the group's channels, two channels a thread; behind the group in shared memory, what one over
+    two scales is and two zeros."""
     layout, thread = p.layout, lanes.thread()
     pairs, each = layout.dim // 2, layout.token_group // p.slices
     pair, part = thread % pairs, thread // pairs
@@ -229,12 +229,12 @@ def _fit_keys(p: Problem, target: Pointer, shared: Pointer) -> None:
         place = quarter * (layout.dim // 8) + (within & 1) * (layout.dim // 16) + (within >> 1)
         lanes.store(at(target, place << 2), [lanes.pack_pair(s0, s1, "f16")])
         lanes.store(at(target, 2 * layout.dim, thread << 2), [lanes.pack_pair(z0, z1, "f16")])
-        lanes.store(ranges, [s0, s1, z0, z1])
+        lanes.store(ranges, [_inverse(s0), _inverse(s1), z0, z1])
 
 
 def _fit_values(p: Problem, target: Pointer, shared: Pointer) -> None:
     """Scales and zeros of the groups of channels of the group's tokens, one a thread; behind the tokens in shared
-    memory, a scale and a zero each."""
+    memory, one over a scale and a zero each."""
     layout = p.layout
     chunks, count = -(-layout.channel_group // _CHUNK), layout.token_group * layout.parts
     for i in range(-(-count // p.threads)):
@@ -246,13 +246,13 @@ def _fit_values(p: Problem, target: Pointer, shared: Pointer) -> None:
                 chunk = (part * chunks + c).minimum(layout.dim // _CHUNK - 1)
                 start = at(shared, token * p.row_bytes, chunk * (_CHUNK // 2 * p.pair_bytes))
                 held += [x for pair in _pairs(p, start, _CHUNK // 2) for x in pair]
-            scaling = _scaling(p, lanes.reduce(Reg.minimum, held), lanes.reduce(Reg.maximum, held))
-            lanes.store(at(shared, p.group_bytes, item << 3), list(scaling))
+            scale, zero = _scaling(p, lanes.reduce(Reg.minimum, held), lanes.reduce(Reg.maximum, held))
+            lanes.store(at(shared, p.group_bytes, item << 3), [_inverse(scale), zero])
             # Token 8 g + 4 odd + half of a tile is that of row 2 half + odd.
             within = token % TILE
             row = ((within & 3) << 1) + ((within >> 2) & 1)
             place = (token // TILE * layout.parts + part) * (4 * TILE) + (row << 4) + ((within >> 3) << 2)
-            lanes.store(at(target, place), [lanes.pack_pair(*scaling, "f16")])
+            lanes.store(at(target, place), [lanes.pack_pair(scale, zero, "f16")])
 
 
 def _encode(p: Problem, values: bool, target: Pointer, shared: Pointer) -> None:
@@ -279,15 +279,19 @@ def _encode(p: Problem, values: bool, target: Pointer, shared: Pointer) -> None:
                     held = [held[0], held[0], held[1], held[1]]
                 else:
                     held = lanes.load(at(shared, p.group_bytes, pair << 4), 4)
-                s0, s1, z0, z1 = (x.as_float() for x in held)
-                low, high = _code(p, a, s0, z0), _code(p, b, s1, z1)
+                inverse0, inverse1, zero0, zero1 = (x.as_float() for x in held)
+                low, high = _code(p, a, inverse0, zero0), _code(p, b, inverse1, zero1)
                 word = word | (low << (field * layout.bits)) | (high << (16 + field * layout.bits))
             lanes.store(at(target, index << 2), [word])
 
 
-def _code(p: Problem, x: Reg, scale: Reg, zero: Reg) -> Reg:
+def _inverse(scale: Reg) -> Reg:
+    return lanes.divide(f32(1.0), (scale > 0.0).where(scale, f32(1.0)))
+
+
+def _code(p: Problem, x: Reg, inverse: Reg, zero: Reg) -> Reg:
     """`group_int.quantise`."""
-    steps = lanes.divide(x - zero, (scale > 0.0).where(scale, f32(1.0)))
+    steps = (x - zero) * inverse
     return lanes.to_integer(steps.maximum(0.0).minimum(float(2**p.layout.bits - 1)))
 
 
