@@ -17,6 +17,15 @@ TABLE = {
         "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
         "xla": "pallas_kernels.decode_attention.reference",
     },
+    "group_int_append": {
+        "mosaic_gpu": "pallas_kernels.group_int_append.mosaic_gpu",
+        "xla": "pallas_kernels.group_int_append.reference",
+    },
+    "group_int_decode_attention": {
+        "mosaic_gpu": "pallas_kernels.group_int_decode_attention.mosaic_gpu",
+        "triton": "pallas_kernels.group_int_decode_attention.triton",
+        "xla": "pallas_kernels.group_int_decode_attention.reference",
+    },
     "hadamard": {
         "triton": "pallas_kernels.hadamard.triton",
         "xla": "pallas_kernels.hadamard.reference",
