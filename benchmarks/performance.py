@@ -85,29 +85,27 @@ def decode_peers() -> str:
     return table(["shape", "kernel", "µs", "cuDNN bf16, µs", "cuDNN's over it"], lines)
 
 
-def nuq_kernel() -> str:
-    """Attention over KVQuant's codes."""
+def kernel_table(name: str, codes: Callable[[str, str], str]) -> str:
+    """Rows whose names, but for the shape at their end, match `name`, in two groups that `codes` makes a label of."""
     lines = []
     for row in read(H100, "kernels")["rows"]:
-        if match := re.fullmatch(r"nuq_decode_attention nuq(\d) (\S+)% \S+: (.+)", row["name"]):
-            bits, outliers, shape = match.groups()
+        if match := re.fullmatch(name + r" \S+: (.+)", row["name"]):
             times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
             share = f"{row['percent_of_bandwidth']:.0f}%"
-            code = f"nuq{bits}" + (f", {outliers}% outliers" if outliers != "0" else "")
-            lines.append([shape, code, *times, f"{row['ratio']:.2f}x", share])
+            lines.append([match[3], codes(match[1], match[2]), *times, f"{row['ratio']:.2f}x", share])
     return table(["shape", "codes", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth"], lines)
+
+
+def nuq_kernel() -> str:
+    """Attention over KVQuant's codes."""
+    name = r"nuq_decode_attention nuq(\d) (\S+)%"
+    return kernel_table(name, lambda bits, share: f"nuq{bits}" + (f", {share}% outliers" if share != "0" else ""))
 
 
 def group_int_kernel() -> str:
     """Attention over integers in groups."""
-    lines = []
-    for row in read(H100, "kernels")["rows"]:
-        if match := re.fullmatch(r"group_int_decode_attention int(\d) group (\d+) \S+: (.+)", row["name"]):
-            bits, group, shape = match.groups()
-            times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
-            share = f"{row['percent_of_bandwidth']:.0f}%"
-            lines.append([shape, bits, group, *times, f"{row['ratio']:.2f}x", share])
-    return table(["shape", "bits", "group", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth"], lines)
+    name = r"group_int_decode_attention int(\d) group (\d+)"
+    return kernel_table(name, lambda bits, group: f"{bits} bits, groups of {group}")
 
 
 def encode_kernel() -> str:
