@@ -7,6 +7,7 @@ anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the be
 from pallas_kernels import nuq, packing, split_k
 from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.hadamard import hadamard
+from pallas_kernels.host_tier import attend_rows, fetch_channels, select_tokens
 from pallas_kernels.nuq_decode_attention import nuq_decode_attention
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.vq_append import vq_append
@@ -15,12 +16,15 @@ from pallas_kernels.vq_encode import vq_encode
 
 __all__ = [
     "ExactTokens",
+    "attend_rows",
     "decode_attention",
+    "fetch_channels",
     "hadamard",
     "nuq",
     "nuq_decode_attention",
     "packing",
     "rms_norm",
+    "select_tokens",
     "split_k",
     "vq_append",
     "vq_decode_attention",

@@ -13,10 +13,12 @@ import jax
 
 # operation -> implementation -> the module that holds a function named as the operation.
 TABLE = {
+    "attend_rows": {"xla": "pallas_kernels.host_tier.reference"},
     "decode_attention": {
         "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
         "xla": "pallas_kernels.decode_attention.reference",
     },
+    "fetch_channels": {"xla": "pallas_kernels.host_tier.reference"},
     "hadamard": {
         "triton": "pallas_kernels.hadamard.triton",
         "xla": "pallas_kernels.hadamard.reference",
@@ -30,6 +32,7 @@ TABLE = {
         "mosaic_gpu": "pallas_kernels.rms_norm.mosaic_gpu",
         "xla": "pallas_kernels.rms_norm.reference",
     },
+    "select_tokens": {"xla": "pallas_kernels.host_tier.reference"},
     "vq_encode": {
         "mosaic_gpu": "pallas_kernels.vq_encode.mosaic_gpu",
         "triton": "pallas_kernels.vq_encode.triton",
