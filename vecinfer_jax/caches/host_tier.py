@@ -170,18 +170,10 @@ class SparseLayer(WindowedMethod):
         chunk: Chunk,
         cache: WindowedCache,
     ) -> tuple[Float[Array, "B T Hq D"], WindowedCache]:
-        predicted, cache = cache.store.predicted, _predicting(cache, None)
         if chunk.read == "exact":
-            return super().prefill(q, k, v, chunk, cache)
-        q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
-        updated = self._append_chunk(k, v, chunk, cache)
-        t = jnp.arange(k.shape[1])[None, :]
-        here = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], chunk.positions, -1))
-        exact = here if chunk.first else join_tokens(self._joined_exact_tokens(cache), here)
-        out = self.read_as_decoding(
-            q, q if predicted is None else predicted, chunk.positions, exact, updated, chunk.layer, self._attend_block
-        )
-        return out.astype(q.dtype), updated
+            return super().prefill(q, k, v, chunk, _predicting(cache, None))
+        out, cache = self.prefill_as_decoding(q, k, v, chunk, cache, self._attend_block)
+        return out.astype(q.dtype), cache
 
     def decode(
         self,
@@ -215,27 +207,35 @@ class SparseLayer(WindowedMethod):
 
     # -- the strict evaluation: every query of a prompt as decoding would answer it
 
-    def read_as_decoding(
+    def prefill_as_decoding(
         self,
         q: Float[Array, "B T Hq D"],
-        predicted: Float[Array, "B T Hq D"],
-        positions: Int[Array, "B T"],
-        exact: Tokens,
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        chunk: Chunk,
         cache: WindowedCache,
-        layer: LayerShape,
         answer: Callable[..., jax.Array],
-    ) -> Float[Array, "B T Hq W"]:
-        """Chooses tokens for every query, and gives what `answer` makes of them: [B, rows, Hq, W] a block of queries.
+    ) -> tuple[Float[Array, "B T Hq W"], WindowedCache]:
+        """A chunk of prompt into the cache, and what `answer` makes of each query and the tokens that it reads.
 
-        answer(q, tokens, exact, chosen, layer): `tokens` are all that the host holds and, after them, the exact ones;
-        bool[B, Hkv, rows, N] `exact` and `chosen` say which of them each query reads. One layer's tokens are on the
-        device at a time, and queries are taken in blocks.
+        answer(q, tokens, near, there, chosen, layer) -> [B, rows, Hq, W] is called for blocks of queries. `tokens` are
+        all that the host holds, and after them those of the window, the sinks and the chunk; bool[B, Hkv or 1, rows, N]
+        say which of them a query reads in full (`near`), which the host holds for it (`there`) and which of these it
+        chooses (`chosen`). One layer's tokens are on the device at a time.
         """
-        slots, first = cache.slots, self.sink
-        keys, values = self.read(cache.store, jnp.int32(0), slots, layer)
+        predicted, cache = cache.store.predicted, _predicting(cache, None)
+        q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
+        updated, layer = self._append_chunk(k, v, chunk, cache), chunk.layer
+        t = jnp.arange(k.shape[1])[None, :]
+        exact = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], chunk.positions, -1))
+        if not chunk.first:
+            exact = join_tokens(self._joined_exact_tokens(cache), exact)
+        slots = updated.slots
+        keys, values = self.read(updated.store, jnp.int32(0), slots, layer)
         b, heads, _, dim = keys.shape
-        host = Tokens(keys, values, jnp.broadcast_to(first + jnp.arange(slots), (b, slots)))
+        host = Tokens(keys, values, jnp.broadcast_to(self.sink + jnp.arange(slots), (b, slots)))
         tokens = join_tokens(host, exact)
+        is_host = jnp.arange(tokens.positions.shape[1]) < slots
         # Largest |k_i| of the first 0, 1, 2, ... blocks.
         peaks = jnp.abs(keys.astype(jnp.float32)).reshape(b, heads, -1, self.block, dim).max(axis=3)
         peaks = jnp.pad(jax.lax.cummax(peaks, axis=2), ((0, 0), (0, 0), (1, 0), (0, 0)))
@@ -244,14 +244,14 @@ class SparseLayer(WindowedMethod):
             held = self.coded_count(t + 1)
             chosen = self._choose(q, predicted, held, keys, peaks, layer)
             chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, exact.positions.shape[1])))
-            s, boundary = tokens.positions[:, None], (first + held)[:, :, None]
-            near = (
-                (s >= 0) & (s <= t[:, :, None]) & ((s < first) | (s >= boundary)) & (jnp.arange(s.shape[-1]) >= slots)
-            )
-            return answer(q, tokens, near[:, None], chosen, layer)
+            s, boundary = tokens.positions[:, None], (self.sink + held)[:, :, None]
+            there = is_host & (s < boundary)
+            near = ~is_host & (s >= 0) & (s <= t[:, :, None]) & ((s < self.sink) | (s >= boundary))
+            return answer(q, tokens, near[:, None], there[:, None], chosen, layer)
 
         size = min(QUERY_BLOCK, max(SCORE_ELEMENTS // (b * q.shape[2] * tokens.positions.shape[1]), 16))
-        return by_query_blocks(block, q, predicted, positions, size=size)
+        guesses = q if predicted is None else predicted
+        return by_query_blocks(block, q, guesses, chunk.positions, size=size), updated
 
     def _choose(
         self,
@@ -274,8 +274,10 @@ class SparseLayer(WindowedMethod):
         return _marked(rows, keys.shape[2]).reshape(b, t, -1, keys.shape[2]).swapaxes(1, 2)
 
     @staticmethod
-    def _attend_block(q: Any, tokens: Tokens, exact: Any, chosen: Any, layer: LayerShape) -> Float[Array, "B T Hq D"]:
-        s = jnp.where((exact | chosen)[:, :, None], scores(q, tokens.keys, layer.scale), MASKED)
+    def _attend_block(
+        q: Any, tokens: Tokens, near: Any, there: Any, chosen: Any, layer: LayerShape
+    ) -> Float[Array, "B T Hq D"]:
+        s = jnp.where((near | chosen)[:, :, None], scores(q, tokens.keys, layer.scale), MASKED)
         return combine(jax.nn.softmax(s, axis=-1), tokens.values)
 
 
