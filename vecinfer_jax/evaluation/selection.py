@@ -124,9 +124,7 @@ def selection_recall(
     totals, queries = np.zeros((len(measured), 3)), 0
     for tokens in tqdm(windows, "windows", disable=not progress, unit="window"):
         _, caches = model.prefill(model.init(1, len(tokens)), tokens[None], read="coded")
-        totals += np.asarray(
-            [cache.sums if here else np.zeros(3) for cache, here in zip(caches, measured, strict=True)]
-        )
+        totals += np.asarray([cache.sums if isinstance(cache, _Masses) else np.zeros(3) for cache in caches])
         queries += next(int(cache.queries) for cache in caches if isinstance(cache, _Masses))
     if not queries:
         raise InputError(f"windows of {windows.shape[1]} tokens are read whole: make them longer or the budget smaller")
@@ -136,12 +134,10 @@ def selection_recall(
         return tuple(float(x) if here else None for x, here in zip(values, measured, strict=True))
 
     recall = chosen / np.maximum(best, 1e-30)
-    shares = {"kept": near + chosen, "best": near + best, "recall": recall}
-    return SelectionResult(
-        **{name: float(np.mean(values[measured])) for name, values in shares.items()},
-        **{f"{name}_by_layer": by_layer(values) for name, values in shares.items()},  # type: ignore[arg-type]
-        queries=queries,
-    )
+    shares: dict[str, np.ndarray] = {"kept": near + chosen, "best": near + best, "recall": recall}
+    means: dict[str, Any] = {name: float(np.mean(values[measured])) for name, values in shares.items()}
+    of_layers: dict[str, Any] = {f"{name}_by_layer": by_layer(values) for name, values in shares.items()}
+    return SelectionResult(**means, **of_layers, queries=queries)
 
 
 class _Measured(Layerwise):
