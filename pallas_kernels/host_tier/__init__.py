@@ -25,7 +25,7 @@ def fetch_channels(
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Shaped[Array, "B Hkv c S"]:
-    """The named channels of every token, from the host to the device.
+    """The named channels of every token, from the host to the device; or any named rows of a table there.
 
     out[b, h, i] = by_channel[b, h, channels[b, h, i]].
 
@@ -70,8 +70,8 @@ def select_tokens(
         implementation, interpret: as of `fetch_channels`.
 
     Returns:
-        k = min(tokens, S) distinct rows 0 to count[b] - 1 of each KV head, in any order, and -1 in the places for which
-        there are no tokens (count[b] < k). Of equal scores any may be chosen.
+        [B, Hkv, k], k = min(tokens, S): distinct rows 0 to count[b] - 1 of each KV head, in any order, and after them
+        -1 in the places for which there are no tokens (count[b] < k). Of equal scores any may be chosen.
 
     Raises:
         ValueError: shapes or dtypes that do not belong together; tokens below 1.

@@ -10,7 +10,7 @@ import pytest
 import vecinfer_jax as vj
 from tests import small
 from tests.caches.harness import LAYER, chunk_at, decode_all, prefill_in_chunks, random_qkv, rotated
-from vecinfer_jax.caches.host_tier import SparseLayer, on_host, write_slots
+from vecinfer_jax.caches.host_tier import CodedSparseLayer, SparseLayer, on_host, write_slots
 from vecinfer_jax.caches.kivi import KIVI
 from vecinfer_jax.caches.tailorkv import TailorKV
 from vecinfer_jax.errors import CalibrationError, CapacityError, InputError
@@ -298,3 +298,69 @@ def test_a_host_that_is_too_small_is_a_capacity_error(monkeypatch):
     with pytest.raises(CapacityError, match=r"or the host's pinned memory \(.* GiB\)") as error:
         engine.init_caches([{}] * 3, 64, 10**6)
     assert "\n" not in str(error.value)
+
+
+# -- codes on the host
+
+
+@pytest.fixture(scope="module")
+def coded():
+    """A coded layer, its calibration, and what its codes read back as, from VecInfer itself."""
+    method = CodedSparseLayer(tokens=4, channels=2, block=4, residual=3, sink=2)
+    return method, small.calibration_of(method).layers[0]
+
+
+def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
+    method, calibration = coded
+    q, k, v = qkv
+    cache = jax.jit(lambda: method.init(LAYER, 2, 40, calibration))()
+    _, cache = prefill_in_chunks(method, cache, q, k, v, [38, 30], 38, "exact")
+    assert cache.store.keys.dtype == jnp.uint8 and memory_kinds(cache) == PINNED
+    codes = method.codes.init(LAYER, 2, 40, calibration)
+    _, codes = prefill_in_chunks(method.codes, codes, q, k, v, [38, 30], 38, "exact")
+    for b, held in enumerate((32, 24)):
+        np.testing.assert_array_equal(cache.store.keys[b, :, :held], codes.store.key_codes[b, :, :held])
+        np.testing.assert_array_equal(cache.store.values[b, :, :held], codes.store.value_codes[b, :, :held])
+        by_pair = cache.store.keys_by_channel[b, :, :, :held]
+        np.testing.assert_array_equal(by_pair, cache.store.keys[b, :, :held].swapaxes(1, 2))
+
+
+def test_coded_layers_choose_pairs_and_read_codes(coded):
+    """Decoding against the definition, with keys and values as codes read back."""
+    method, calibration = coded
+    q, k, v = random_qkv(1, 30, seed=3)
+    out, cache = decode_all(method, jax.jit(lambda: method.init(LAYER, 1, 40, calibration))(), q, k, v, [0], 30)
+    at_once = jax.jit(lambda: method.init(LAYER, 1, 40, calibration))()
+    scored, _ = prefill_in_chunks(method, at_once, q, k, v, [30], 30, "coded")
+    np.testing.assert_allclose(out, scored, atol=2e-5)
+    held = int(method.coded_count(jnp.asarray(30)))
+    smooth = np.asarray(calibration["smooth"], np.float64)
+    keys, values = (np.asarray(x[0], np.float64) for x in method.read(cache.store, jnp.int32(0), held, LAYER))
+    queries, exact_keys = rotated(q[0])[29], rotated(k[0])
+    near = np.r_[0:2, 2 + held : 30]
+    for h in range(2):
+        coded_keys, mine = keys[h] / smooth[h], queries[3 * h : 3 * h + 3]
+        mean = mine.mean(0) * smooth[h]
+        weight = np.abs(mean) * np.abs(coded_keys).max(0)
+        pairs = np.argsort(-weight.reshape(-1, 2).sum(1))[:2]
+        critical = np.r_[2 * pairs, 2 * pairs + 1]
+        rows = np.argsort(-(coded_keys[:, critical] @ mean[critical]))[:4]
+        all_keys = np.concatenate([exact_keys[near, h], keys[h][rows]])
+        all_values = np.concatenate([np.asarray(v[0, near, h], np.float64), values[h][rows]])
+        for g in range(3):
+            s = all_keys @ mine[g] / 4
+            weights = np.exp(s - s.max())
+            np.testing.assert_allclose(out[0, 29, 3 * h + g], weights @ all_values / weights.sum(), atol=2e-5)
+
+
+@pytest.mark.slow
+def test_coded_hosts_generate_and_take_a_quarter(coded):
+    settings = {"roles": ("sparse*3",), "tokens": 1000, "channels": 2, "sink": 2, "recent": 3, "block": 4}
+    method = TailorKV(**settings, host="vecinfer-4")
+    prompts, calibration = small.prompts([20, 45, 7]), small.calibration_of(method)
+    ours = vj.generate(small.model(), prompts, method=method, calibration=calibration, max_new_tokens=6)
+    held = vj.generate(small.model(), prompts, method=TailorKV(**settings), max_new_tokens=6).stats.cache_bytes
+    assert ours.stats.cache_bytes["host"] * 8 == held["host"]  # of float32
+    assert all(len(row) == 6 for row in ours.tokens)
+    with pytest.raises(InputError, match="8 pairs"):
+        CodedSparseLayer(channels=9).init(LAYER, 1, 10)

@@ -19,11 +19,13 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from pallas_kernels import attend_rows, dispatch, fetch_channels, select_tokens
 from pallas_kernels.host_tier.reference import best_rows
+from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.attention import (
     MASKED,
     QUERY_BLOCK,
@@ -36,6 +38,7 @@ from vecinfer_jax.caches.attention import (
 )
 from vecinfer_jax.caches.base import Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_slots
+from vecinfer_jax.caches.vecinfer import VecInfer
 from vecinfer_jax.caches.windowed import WindowedCache, WindowedMethod
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.rope import apply_rope
@@ -47,17 +50,19 @@ HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 class HostStore:
     """Tokens that have left the window; slot n holds position sink + n.
 
-    keys, values:     [B, Hkv, S, D] on the host, keys after RoPE.
-    keys_by_channel:  [B, Hkv, D, S] on the host, the same keys.
-    key_abs_max:      float32[B, Hkv, D], largest |k_i| of them.
+    keys, values:     [B, Hkv, S, W] on the host, keys after RoPE; elements, or a byte of code for every two of them.
+    keys_by_channel:  [B, Hkv, W, S] on the host, the same keys.
+    key_abs_max:      float32[B, Hkv, D], largest |k_i| of them, in the space in which channels are chosen.
     predicted:        [B, T, Hq, D], queries as `prefetch` expects them, from there to the layer's attention; else None.
+    codebooks:        a `VecInferStore` without codes that reads them, where the host holds codes.
     """
 
-    keys: Float[Array, "B Hkv S D"] = array_field("host")
-    values: Float[Array, "B Hkv S D"] = array_field("host")
-    keys_by_channel: Float[Array, "B Hkv D S"] = array_field("host")
+    keys: Shaped[Array, "B Hkv S W"] = array_field("host")
+    values: Shaped[Array, "B Hkv S W"] = array_field("host")
+    keys_by_channel: Shaped[Array, "B Hkv W S"] = array_field("host")
     key_abs_max: Float32[Array, "B Hkv D"] = array_field("state")
     predicted: Float[Array, "B T Hq D"] | None = array_field("state", default=None)
+    codebooks: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,13 +112,37 @@ class SparseLayer(WindowedMethod):
     # -- the store
 
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> HostStore:
-        heads, dim = layer.num_kv_heads, layer.head_dim
+        return self._empty(layer, batch, slots, layer.head_dim, layer.dtype)
+
+    @staticmethod
+    def _empty(layer: LayerShape, batch: int, slots: int, width: int, dtype: Any) -> HostStore:
+        heads = batch, layer.num_kv_heads
         return HostStore(
-            keys=on_host(jnp.zeros((batch, heads, slots, dim), layer.dtype)),
-            values=on_host(jnp.zeros((batch, heads, slots, dim), layer.dtype)),
-            keys_by_channel=on_host(jnp.zeros((batch, heads, dim, slots), layer.dtype)),
-            key_abs_max=jnp.zeros((batch, heads, dim), jnp.float32),
+            keys=on_host(jnp.zeros((*heads, slots, width), dtype)),
+            values=on_host(jnp.zeros((*heads, slots, width), dtype)),
+            keys_by_channel=on_host(jnp.zeros((*heads, width, slots), dtype)),
+            key_abs_max=jnp.zeros((*heads, layer.head_dim), jnp.float32),
         )
+
+    def held_form(
+        self, store: HostStore, k: Float[Array, "B T Hkv D"], v: Float[Array, "B T Hkv D"], layer: LayerShape
+    ) -> tuple[Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Float[Array, "B Hkv T D"]]:
+        """Keys and values as the host holds them, and keys in the space in which channels are chosen."""
+        del store, layer
+        keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        return keys, values, keys
+
+    def index_query(self, q: Float[Array, "*rows Hq D"], store: HostStore) -> Float[Array, "*rows Hq D"]:
+        """Queries in the space in which channels are chosen."""
+        del store
+        return q
+
+    def index_keys(
+        self, store: HostStore, keys: Float[Array, "B Hkv S D"], layer: LayerShape
+    ) -> Float[Array, "B Hkv S D"]:
+        """All keys of the host in that space, `keys` being what `read` gives."""
+        del store, layer
+        return keys
 
     def append(
         self,
@@ -128,13 +157,13 @@ class SparseLayer(WindowedMethod):
         start, count = jnp.maximum(slots[:, 0], 0), jnp.sum(moved, axis=1)
 
         def move(store: HostStore) -> HostStore:
-            by_head = k.swapaxes(1, 2)
-            peak = jnp.where(moved[:, :, None, None], jnp.abs(k.astype(jnp.float32)), 0.0).max(axis=1)
+            keys, values, index = self.held_form(store, k, v, layer)
+            peak = jnp.where(moved[:, None, :, None], jnp.abs(index.astype(jnp.float32)), 0.0).max(axis=2)
             return dataclasses.replace(
                 store,
-                keys=write_slots(store.keys, by_head, start, count, axis=2),
-                values=write_slots(store.values, v.swapaxes(1, 2), start, count, axis=2),
-                keys_by_channel=write_slots(store.keys_by_channel, by_head.swapaxes(2, 3), start, count, axis=3),
+                keys=write_slots(store.keys, keys, start, count, axis=2),
+                values=write_slots(store.values, values, start, count, axis=2),
+                keys_by_channel=write_slots(store.keys_by_channel, keys.swapaxes(2, 3), start, count, axis=3),
                 key_abs_max=jnp.maximum(store.key_abs_max, peak),
             )
 
@@ -190,14 +219,26 @@ class SparseLayer(WindowedMethod):
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
     ) -> Float[Array, "B Hq D"]:
         store = cache.store
-        predicted = q if store.predicted is None else store.predicted[:, 0]
-        count = self.coded_count(cache.lengths).astype(jnp.int32)
+        predicted = self.index_query(q if store.predicted is None else store.predicted[:, 0], store)
         channels = self.critical_channels(_group_mean(predicted, layer), store.key_abs_max)
-        fetched = fetch_channels(store.keys_by_channel, channels, **self._how("fetch_channels"))
-        rows = select_tokens(q, fetched, channels, count, tokens=self.tokens, **self._how("select_tokens"))
-        exact = self.exact_tokens(cache)
+        count = self.coded_count(cache.lengths).astype(jnp.int32)
+        rows = select_tokens(
+            self.index_query(q, store), self.fetch(store, channels), channels, count, tokens=self.tokens,
+            **self._how("select_tokens"),
+        )  # fmt: skip
+        return self.attend_chosen(q, rows, cache, layer)
+
+    def fetch(self, store: HostStore, channels: Int[Array, "B Hkv c"]) -> Float[Array, "B Hkv c S"]:
+        """Those channels of all keys."""
+        return fetch_channels(store.keys_by_channel, channels, **self._how("fetch_channels"))
+
+    def attend_chosen(
+        self, q: Float[Array, "B Hq D"], rows: Int[Array, "B Hkv k"], cache: WindowedCache, layer: LayerShape
+    ) -> Float[Array, "B Hq D"]:
+        """Attention over rows of the host and the exact tokens."""
+        held = cache.store.keys, cache.store.values
         how = self._how("attend_rows")
-        return attend_rows(q, store.keys, store.values, rows, exact, scale=layer.scale, **how)[0]
+        return attend_rows(q, *held, rows, self.exact_tokens(cache), scale=layer.scale, **how)[0]
 
     def critical_channels(
         self, mean: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
@@ -236,13 +277,15 @@ class SparseLayer(WindowedMethod):
         host = Tokens(keys, values, jnp.broadcast_to(self.sink + jnp.arange(slots), (b, slots)))
         tokens = join_tokens(host, exact)
         is_host = jnp.arange(tokens.positions.shape[1]) < slots
+        index = self.index_keys(updated.store, keys, layer)
         # Largest |k_i| of the first 0, 1, 2, ... blocks.
-        peaks = jnp.abs(keys.astype(jnp.float32)).reshape(b, heads, -1, self.block, dim).max(axis=3)
+        peaks = jnp.abs(index.astype(jnp.float32)).reshape(b, heads, -1, self.block, dim).max(axis=3)
         peaks = jnp.pad(jax.lax.cummax(peaks, axis=2), ((0, 0), (0, 0), (1, 0), (0, 0)))
 
         def block(q: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
             held = self.coded_count(t + 1)
-            chosen = self._choose(q, predicted, held, keys, peaks, layer)
+            mine, guess = (self.index_query(x, updated.store) for x in (q, predicted))
+            chosen = self._choose(mine, guess, held, index, peaks, layer)
             chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, exact.positions.shape[1])))
             s, boundary = tokens.positions[:, None], (self.sink + held)[:, :, None]
             there = is_host & (s < boundary)
@@ -279,6 +322,88 @@ class SparseLayer(WindowedMethod):
     ) -> Float[Array, "B T Hq D"]:
         s = jnp.where((near | chosen)[:, :, None], scores(q, tokens.keys, layer.scale), MASKED)
         return combine(jax.nn.softmax(s, axis=-1), tokens.values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CodedSparseLayer(SparseLayer):
+    """A layer in the host's memory as VecInfer's 4-bit codes, a byte for every two elements: a quarter of bfloat16.
+
+    Channels go in pairs, as codes do: the `channels` pairs with the largest sum of |q_i| max |k_i|, with queries and
+    keys smoothed as VecInfer smooths them, but not rotated: a Hadamard matrix spreads what makes channels critical.
+    """
+
+    name: ClassVar[str] = "sparse-coded"
+    needs_calibration: ClassVar[bool] = True
+
+    @property
+    def codes(self) -> VecInfer:
+        """The method whose codes these are."""
+        how: dict[str, Any] = {"implementation": self.implementation, "interpret": self.interpret}
+        return VecInfer(bits=4, transform="smooth", residual=self.residual, sink=self.sink, **how)
+
+    def validate(self, layer: LayerShape) -> None:
+        self.codes.validate(layer)
+        if 2 * self.channels > layer.head_dim:
+            raise InputError(f"channels={self.channels}: this model's heads have {layer.head_dim // 2} pairs of them")
+
+    def bits_per_element(self, layer: LayerShape) -> float:
+        return 1.5 * self.codes.bits_per_element(layer)
+
+    def calibration_key(self) -> dict[str, Any]:
+        return self.codes.calibration_key()
+
+    def calibrate_layer(
+        self, layer: LayerShape, statistics: Any, seed: int, shared: Any = None
+    ) -> dict[str, np.ndarray]:
+        return self.codes.calibrate_layer(layer, statistics, seed, shared)
+
+    def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> HostStore:
+        books = self.codes.init_store(layer, batch, 0, calibration)
+        store = self._empty(layer, batch, slots, layer.head_dim // 2, jnp.uint8)
+        return dataclasses.replace(store, codebooks=books)
+
+    def held_form(
+        self, store: HostStore, k: Float[Array, "B T Hkv D"], v: Float[Array, "B T Hkv D"], layer: LayerShape
+    ) -> tuple[Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Float[Array, "B Hkv T D"]]:
+        keys, values = self.codes.encode(store.codebooks, k, v)
+        return keys, values, dequantise(keys, store.codebooks.key_codebook, layer.head_dim, layer.dtype)
+
+    def index_query(self, q: Float[Array, "*rows Hq D"], store: HostStore) -> Float[Array, "*rows Hq D"]:
+        return self.codes.transform_query(q, store.codebooks)
+
+    def index_keys(
+        self, store: HostStore, keys: Float[Array, "B Hkv S D"], layer: LayerShape
+    ) -> Float[Array, "B Hkv S D"]:
+        return dequantise(on_device(store.keys), store.codebooks.key_codebook, layer.head_dim, layer.dtype)
+
+    def critical_channels(
+        self, mean: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
+    ) -> Int[Array, "*rows Hkv c"]:
+        weight = jnp.abs(mean) * key_abs_max
+        pairs = jax.lax.top_k(weight.reshape(*weight.shape[:-1], -1, 2).sum(-1), self.channels)[1].astype(jnp.int32)
+        return (2 * pairs[..., None] + jnp.arange(2, dtype=jnp.int32)).reshape(*pairs.shape[:-1], -1)
+
+    def fetch(self, store: HostStore, channels: Int[Array, "B Hkv c"]) -> Float[Array, "B Hkv c S"]:
+        codes = super().fetch(store, channels[..., ::2] // 2)
+        book = store.codebooks.key_codebook
+        return dequantise(codes.swapaxes(2, 3), book, channels.shape[-1], book.dtype).swapaxes(2, 3)
+
+    def attend_chosen(
+        self, q: Float[Array, "B Hq D"], rows: Int[Array, "B Hkv k"], cache: WindowedCache, layer: LayerShape
+    ) -> Float[Array, "B Hq D"]:
+        """The codes come to the device, and VecInfer's attention reads them there."""
+        store, how = cache.store, self._how("fetch_channels")
+        key_codes, value_codes = (fetch_channels(x, jnp.maximum(rows, 0), **how) for x in (store.keys, store.values))
+        there = jnp.sum(rows[:, 0] >= 0, axis=-1)  # as many in every head, and they come first
+        codes = dataclasses.replace(store.codebooks, key_codes=key_codes, value_codes=value_codes)
+        return self.codes.attend_codes(q, codes, there, self.exact_tokens(cache), layer)
+
+    def read(
+        self, store: HostStore, start: Int[Array, ""], size: int, layer: LayerShape
+    ) -> tuple[Float[Array, "B Hkv size D"], Float[Array, "B Hkv size D"]]:
+        key_codes, value_codes = super().read(store, start, size, layer)
+        codes = dataclasses.replace(store.codebooks, key_codes=key_codes, value_codes=value_codes)
+        return self.codes.read(codes, jnp.int32(0), size, layer)
 
 
 def on_host(x: jax.Array) -> jax.Array:

@@ -12,14 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 
 from vecinfer_jax.caches.base import CacheMethod
-from vecinfer_jax.caches.host_tier import SparseLayer
+from vecinfer_jax.caches.host_tier import CodedSparseLayer, SparseLayer
 from vecinfer_jax.caches.kivi import KIVI
 from vecinfer_jax.caches.per_layer import LayeredMethod
 from vecinfer_jax.calibration.roles import dense_preference
 from vecinfer_jax.errors import CalibrationError, InputError
 
 ROLES = ("quantised", "sparse")
-HOSTS = ("exact",)
+HOSTS = ("exact", "vecinfer-4")
 # Long prompts: which tokens are attended to most is asked of their last queries.
 CALIBRATION_TEXT = (8, 4096)
 
@@ -37,7 +37,8 @@ class TailorKV(LayeredMethod):
     roles:      "quantised" or "sparse" for every layer; an entry may stand for several, "sparse*31". None: by
         calibration, quantised where the dense preference exceeds `threshold` (paper: 0.2).
     top:        share of the tokens that counts as few in the dense preference (paper: 0.05).
-    host:       what lies on the host: "exact" keys and values.
+    host:       what lies on the host: "exact" keys and values, or ours, "vecinfer-4": VecInfer's 4-bit codes, a quarter
+        of 16 bits to hold and to fetch; `channels` then counts pairs of channels.
     implementation: of the operations on the host's memory; interpret: run Pallas kernels in interpret mode (tests).
 
     The defaults are the paper's for LongBench; `TailorKV.long_context()` has those for InfiniteBench and RULER.
@@ -91,7 +92,8 @@ class TailorKV(LayeredMethod):
     @property
     def sparse_layer(self) -> CacheMethod:
         """The method of layers that look at few tokens."""
-        return SparseLayer(
+        kind = SparseLayer if self.host == "exact" else CodedSparseLayer
+        return kind(
             tokens=self.tokens,
             channels=self.channels,
             block=self.block,
