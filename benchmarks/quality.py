@@ -182,6 +182,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 *(f"{first},bits={bits},{TAILORKV[0]}" for bits in (1, 2)),
             ],
             "tasks": ["needle:samples=1", "needle:lengths=4096,samples=1"],
+            "prefills": ["exact"],  # as the paper reads prompts
             "seeds": [0],
         },
         "metric-best": {

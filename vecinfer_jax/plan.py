@@ -82,8 +82,11 @@ def plan(
     low, high = (cache_bytes(config, method, batch, n, dtype) for n in (base, 2 * base))
     each = {kind: (high[kind] - low[kind]) / base for kind in limits}
     room = [base + (limit - low[kind]) / each[kind] for kind, limit in limits.items() if each[kind]]
-    most = min(room, default=config.max_position if _within(low, limits) else 0)
-    most = max(0, int(most) // CAPACITY_STEP * CAPACITY_STEP)
+    most = max(0, int(min(room, default=0)) // CAPACITY_STEP * CAPACITY_STEP)
+    if not room and _within(low, limits):  # nothing grows
+        most_tokens = config.max_position
+    else:
+        most_tokens = most if most >= base else _search(config, method, batch, dtype, limits, base)
     layers = range(config.num_layers)
     fits = _within(held, limits)
     measured = device is not None and jnp.dtype(dtype).itemsize == 2
@@ -97,7 +100,7 @@ def plan(
         bits_per_element=sum(bits) / len(bits),
         memory=memory,
         fits=fits,
-        most_tokens=most if most >= base else _search(config, method, batch, dtype, limits, base),
+        most_tokens=most_tokens,
         ms_per_step=milliseconds(config, method, batch, tokens, device) if measured and device and fits else None,
     )
 

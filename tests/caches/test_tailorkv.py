@@ -68,7 +68,7 @@ def test_decoding_reads_what_the_definition_says(qkv):
     assert memory_kinds(cache) == PINNED
 
 
-@pytest.mark.parametrize("size", [38, 10])
+@pytest.mark.parametrize("size", [38, pytest.param(10, marks=pytest.mark.slow)])
 def test_every_query_of_a_prompt_reads_what_decoding_would(qkv, size):
     q, k, v = qkv
     out, _ = prefill_in_chunks(FEW, empty(FEW, 2, 40), q, k, v, [38, 38], size, "coded")
@@ -112,7 +112,7 @@ def test_a_budget_beyond_the_context_is_exact_attention(qkv):
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
-@pytest.mark.parametrize("size", [24, 7])
+@pytest.mark.parametrize("size", [pytest.param(24, marks=pytest.mark.slow), 7])
 def test_a_ragged_batch_leaves_what_each_row_leaves_alone(size):
     """Bulk and chunks of it, then tokens one by one: same tokens on the host, same answers."""
     lengths, steps = [24, 5, 13], 9
@@ -183,12 +183,13 @@ def test_the_decode_loop_leaves_the_hosts_arrays_where_they_are():
 def test_with_every_layer_on_the_host_and_the_whole_budget_tokens_are_those_of_full_precision():
     prompts = small.prompts([20, 45, 7])
     exact = vj.generate(small.model(), prompts, method=vj.FullPrecision(), max_new_tokens=20)
-    ours = vj.generate(small.model(), prompts, method=ALL_SPARSE, max_new_tokens=20, prefill_chunk=16)
+    ours = vj.generate(small.model(), prompts, method=ALL_SPARSE, max_new_tokens=20)
     assert ours.tokens == exact.tokens
     np.testing.assert_allclose(np.asarray(ours.logprobs), np.asarray(exact.logprobs), atol=1e-5)
     assert ours.stats.cache_bytes["host"] > 10 * ours.stats.cache_bytes["total"]
 
 
+@pytest.mark.slow
 def test_a_text_scored_at_once_is_what_decoding_gives():
     """Through the model, so that every layer but the first has a predicted query."""
     from vecinfer_jax.evaluation.perplexity import rescoring_kls
@@ -226,6 +227,14 @@ def test_roles_come_from_the_calibration_and_are_fixed_for_every_use(tmp_path):
     assert other.calibration_key() == method.calibration_key()
     assert other.resolved(kept.layers).roles == ("sparse",) * 3
     by_hand = dataclasses.replace(method, roles=roles)
+    assert method.resolved(kept.layers) == by_hand
+
+
+@pytest.mark.slow
+def test_generation_and_evaluation_take_the_calibrations_roles():
+    lm, method = small.model(), TailorKV(threshold=0.79, tokens=4, channels=2, sink=1, recent=3, block=4, residual=8)
+    kept = small.calibration_of(method)
+    by_hand = method.resolved(kept.layers)
     prompts = small.prompts([30])
     ours = vj.generate(lm, prompts, method=method, calibration=kept, max_new_tokens=6)
     assert ours.tokens == vj.generate(lm, prompts, method=by_hand, max_new_tokens=6).tokens
@@ -237,6 +246,7 @@ def test_roles_come_from_the_calibration_and_are_fixed_for_every_use(tmp_path):
     assert scored[0] == scored[1]
 
 
+@pytest.mark.slow
 def test_codebooks_are_fitted_for_the_layers_that_take_them():
     method = TailorKV(threshold=0.0, quantised=vj.VecInfer(bits=4, residual=4), recent=3)
     made = small.calibration_of(dataclasses.replace(method, roles=("quantised", "sparse*2")))
@@ -307,7 +317,9 @@ def test_a_host_that_is_too_small_is_a_capacity_error(monkeypatch):
 def coded():
     """A coded layer, its calibration, and what its codes read back as, from VecInfer itself."""
     method = CodedSparseLayer(tokens=4, channels=2, block=4, residual=3, sink=2)
-    return method, small.calibration_of(method).layers[0]
+    rng = np.random.default_rng(0)
+    books = {f"{name}_codebook": rng.normal(size=(2, 256, 2)).astype(np.float32) for name in ("key", "value")}
+    return method, {"smooth": rng.uniform(0.5, 2, size=(2, 16)).astype(np.float32)} | books
 
 
 def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
