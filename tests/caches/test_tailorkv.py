@@ -112,6 +112,15 @@ def test_a_budget_beyond_the_context_is_exact_attention(qkv):
     np.testing.assert_allclose(out, want, atol=1e-5)
 
 
+def test_a_prompt_in_chunks_is_read_exactly_from_the_host_too(qkv):
+    q, k, v = qkv
+    exact = jax.jit(lambda: vj.FullPrecision().init(LAYER, 2, 40))()
+    want, _ = prefill_in_chunks(vj.FullPrecision(), exact, q, k, v, [38, 25], 38, "exact")
+    out, _ = prefill_in_chunks(FEW, empty(FEW, 2, 40), q, k, v, [38, 25], 10, "exact")
+    for b, n in enumerate((38, 25)):
+        np.testing.assert_allclose(out[b, :n], want[b, :n], atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [pytest.param(24, marks=pytest.mark.slow), 7])
 def test_a_ragged_batch_leaves_what_each_row_leaves_alone(size):
     """Bulk and chunks of it, then tokens one by one: same tokens on the host, same answers."""

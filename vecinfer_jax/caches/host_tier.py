@@ -106,6 +106,9 @@ class SparseLayer(WindowedMethod):
         """Of the host's memory: keys lie there twice."""
         return 1.5 * 8 * jnp.dtype(layer.dtype).itemsize
 
+    def reading(self) -> str:
+        return f"{self.name} tokens={self.tokens} channels={self.channels}"
+
     def _how(self, operation: str) -> dict[str, Any]:
         return {"implementation": dispatch.named(operation, self.implementation), "interpret": self.interpret}
 
