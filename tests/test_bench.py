@@ -57,6 +57,7 @@ def test_every_layer_attends_to_all_tokens(bench):
         assert not np.allclose(logits(tuple(cut)), whole)
 
 
+@pytest.mark.slow
 def test_caches_on_the_host_are_filled_there(bench):
     method = vj.TailorKV(roles=("quantised", "sparse"), residual=8, recent=5, block=8)
     _, state = bench.prepare(method, 2, 150, 1)

@@ -331,6 +331,7 @@ def coded():
     return method, {"smooth": rng.uniform(0.5, 2, size=(2, 16)).astype(np.float32)} | books
 
 
+@pytest.mark.slow
 def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
     method, calibration = coded
     q, k, v = qkv

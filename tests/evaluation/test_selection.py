@@ -12,6 +12,7 @@ from vecinfer_jax.evaluation import selection_recall
 METHOD = vj.TailorKV(roles=("sparse", "quantised", "sparse"), tokens=4, channels=16, sink=1, recent=3, block=4)
 
 
+@pytest.mark.slow
 def test_shares_of_the_first_layer_are_those_of_its_softmax():
     """With all channels, and no layer before to predict by, the chosen tokens are those of the largest mean score."""
     lm, tokens = small.model(), np.asarray(small.prompts([30]), np.int32)

@@ -436,13 +436,15 @@ def write_slots(
     size = min(width, slots)
     space = jax.typeof(held).memory_space
 
+    def index(row: jax.Array, at: jax.Array) -> list[jax.Array]:
+        return [row, *(at if i == axis else jnp.int32(0) for i in range(1, held.ndim))]
+
     def cut(x: jax.Array, row: jax.Array, at: jax.Array, size: int) -> jax.Array:
-        return jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(x, row, 1, 0), at, size, axis)
+        sizes = [1, *(size if i == axis else x.shape[i] for i in range(1, x.ndim))]
+        return jax.lax.dynamic_slice(x, index(row, at), sizes)
 
     def write(held: jax.Array, piece: jax.Array, row: jax.Array, at: jax.Array) -> jax.Array:
-        index = [jnp.int32(0)] * held.ndim
-        index[0], index[axis] = row, at
-        return jax.lax.dynamic_update_slice(held, jax.device_put(piece.astype(held.dtype), space), index)
+        return jax.lax.dynamic_update_slice(held, jax.device_put(piece.astype(held.dtype), space), index(row, at))
 
     def whole(row: jax.Array, held: jax.Array) -> jax.Array:
         return write(held, cut(new, row, jnp.int32(0), size), row, start[row])
