@@ -30,6 +30,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import (
     decode_attention,
+    group_int_decode_attention,
     hadamard,
     nuq,
     nuq_decode_attention,
@@ -37,6 +38,7 @@ from pallas_kernels import (
     vq_decode_attention,
     vq_encode,
 )
+from pallas_kernels.group_int import Layout
 from vecinfer_jax.caches.kvquant import outlier_slots
 
 HEADS, DIM = 8, 128  # KV heads and head dimension of the encode rows (Llama-3.1-8B)
@@ -426,6 +428,56 @@ def time_nuq() -> Iterator[dict]:
             yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
 
 
+# batch, tokens, (query heads, KV heads, head dimension), [(bits, group of tokens and of channels)]
+INTEGERS = [(bits, group) for bits in (1, 2, 4) for group in (64, 128)]
+GROUP_INT = [
+    (16, 32768, EIGHT_B, [*INTEGERS, (2, 32)]),
+    (1, 196608, EIGHT_B, [(2, 64), (2, 128)]),
+    (64, 4096, EIGHT_B, [(2, 64), (2, 128)]),
+    (16, 16384, (9, 3, 64), [(1, 64), (2, 64)]),
+    (16, 16384, (14, 2, 64), [(1, 64), (2, 64)]),
+    (16, 16384, (128, 8, 128), [(2, 64)]),
+]
+
+
+def time_group_int() -> Iterator[dict]:
+    """Integers in groups, keys' along tokens and values' along channels (KIVI, TailorKV's quantised layers)."""
+    bandwidth = read_bandwidth()
+    for batch, tokens, (query_heads, heads, dim), formats in GROUP_INT:
+        k = jax.random.split(jax.random.key(0), 7)
+        group, scale = query_heads // heads, dim**-0.5
+        lengths = jnp.full((batch,), tokens, jnp.int32)
+        q = jax.random.normal(k[0], (batch, query_heads, dim), jnp.bfloat16)
+        exact_cache = [jax.random.normal(key, (batch, tokens, heads, dim), jnp.bfloat16) for key in k[1:3]]
+        peer = device_microseconds(cudnn, q, *exact_cache)
+        del exact_cache
+        for bits, of_group in formats:
+            layout = Layout(dim, bits, of_group, min(of_group, dim))
+            coded = []
+            for codes, scales in (layout.key_shapes(tokens), layout.value_shapes(tokens)):
+                coded.append(jax.random.bits(k[3 + len(coded)], (batch, heads, *codes), jnp.uint8))
+                # No scale is negative; zeros need not be.
+                coded.append(jax.random.uniform(k[3 + len(coded)], (batch, heads, *scales), jnp.float16))
+            name = (
+                f"group_int_decode_attention int{bits} group {of_group} bfloat16: "
+                f"B{batch} S{tokens} {query_heads}/{heads} heads D{dim}"
+            )
+
+            def call(q, *arrays, which="mosaic_gpu", layout=layout, scale=scale):
+                return group_int_decode_attention(q, *arrays, layout=layout, scale=scale, implementation=which)
+
+            last = [q[-1:, -group:].astype(jnp.float32), *(x[-1:, -1:] for x in coded), lengths[-1:]]
+            want = call(*last, which="xla")
+            got = [x[-1:, -group:] for x in jax.jit(call)(q, *coded, lengths)]
+            error = float(jnp.linalg.norm(got[0] - want[0]) / jnp.linalg.norm(want[0]))
+            check(name, error, 3e-3)
+            check(name, jnp.max(jnp.abs(got[1] - want[1])), 2e-3)
+            us = device_microseconds(lambda q, *arrays, call=call: call(q, *arrays)[0], q, *coded, lengths)
+            moved = sum(x.nbytes for x in coded)
+            more = {"relative_error": error, "percent_of_bandwidth": round(100 * moved / us / 1e3 / bandwidth, 1)}
+            yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
+
+
 def ours(q, *arrays, which=None, query_map=None):
     return vq_decode_attention(q, *arrays, scale=q.shape[-1] ** -0.5, implementation=which, query_map=query_map)[0]
 
@@ -491,7 +543,13 @@ def time_decode() -> Iterator[dict]:
             yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
 
 
-PARTS = {"hadamard": time_hadamard, "decode": time_decode, "nuq": time_nuq, "encode": time_encode}
+PARTS = {
+    "hadamard": time_hadamard,
+    "decode": time_decode,
+    "nuq": time_nuq,
+    "group_int": time_group_int,
+    "encode": time_encode,
+}
 
 
 def main() -> None:
@@ -521,6 +579,7 @@ def main() -> None:
 def part_of(line: dict) -> str:
     """Which part a row is of."""
     parts = {"hadamard": "hadamard", "vq_encode": "encode", "nuq_decode_attention": "nuq"}
+    parts["group_int_decode_attention"] = "group_int"
     return parts.get(line["name"].split()[0], "decode")
 
 

@@ -98,6 +98,18 @@ def nuq_kernel() -> str:
     return table(["shape", "codes", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth"], lines)
 
 
+def group_int_kernel() -> str:
+    """Attention over integers in groups."""
+    lines = []
+    for row in read(H100, "kernels")["rows"]:
+        if match := re.fullmatch(r"group_int_decode_attention int(\d) group (\d+) \S+: (.+)", row["name"]):
+            bits, group, shape = match.groups()
+            times = f"{row['us']:.0f}", f"{row['peer_us']:.0f}"
+            share = f"{row['percent_of_bandwidth']:.0f}%"
+            lines.append([shape, bits, group, *times, f"{row['ratio']:.2f}x", share])
+    return table(["shape", "bits", "group", "ours, µs", "cuDNN bf16, µs", "speed-up", "of read bandwidth"], lines)
+
+
 def encode_kernel() -> str:
     """One row a format: 8,192 tokens by kind, then keys and values of a long prompt beside the layer's products."""
     formats: dict[str, dict[str, str]] = {}
@@ -296,6 +308,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "decode-peers": decode_peers,
     "decode-shapes": decode_shapes,
     "nuq-kernel": nuq_kernel,
+    "group-int-kernel": group_int_kernel,
     "encode-kernel": encode_kernel,
     "other-kernels": other_kernels,
     "steps": steps,

@@ -144,7 +144,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 *(f"{METRIC},residual=0,{idea}" for idea in IDEAS),
                 *(f"{METRIC},residual=0,key={k},value={v}" for k, v in UNEQUAL),
                 *(f"{METRIC},residual={r},{BEST}" for r in (0, 128)),
-                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (4, 1.5, 1)),
+                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (4, 3, 1.5, 1)),
             ],
             "tasks": [text],
             "seeds": [0],

@@ -4,8 +4,10 @@ Every operation has a reference in plain `jax.numpy` (implementation "xla"), whi
 anywhere, and Pallas kernels for NVIDIA GPUs. `implementation=None` picks the best one for the default device.
 """
 
-from pallas_kernels import nuq, packing, split_k
+from pallas_kernels import group_int, nuq, packing, split_k
 from pallas_kernels.decode_attention import decode_attention
+from pallas_kernels.group_int_append import group_int_append
+from pallas_kernels.group_int_decode_attention import group_int_decode_attention
 from pallas_kernels.hadamard import hadamard
 from pallas_kernels.host_tier import attend_rows, fetch_channels, select_tokens
 from pallas_kernels.nuq_decode_attention import nuq_decode_attention
@@ -19,6 +21,9 @@ __all__ = [
     "attend_rows",
     "decode_attention",
     "fetch_channels",
+    "group_int",
+    "group_int_append",
+    "group_int_decode_attention",
     "hadamard",
     "nuq",
     "nuq_decode_attention",

@@ -19,6 +19,15 @@ TABLE = {
         "xla": "pallas_kernels.decode_attention.reference",
     },
     "fetch_channels": {"xla": "pallas_kernels.host_tier.reference"},
+    "group_int_append": {
+        "mosaic_gpu": "pallas_kernels.group_int_append.mosaic_gpu",
+        "xla": "pallas_kernels.group_int_append.reference",
+    },
+    "group_int_decode_attention": {
+        "mosaic_gpu": "pallas_kernels.group_int_decode_attention.mosaic_gpu",
+        "triton": "pallas_kernels.group_int_decode_attention.triton",
+        "xla": "pallas_kernels.group_int_decode_attention.reference",
+    },
     "hadamard": {
         "triton": "pallas_kernels.hadamard.triton",
         "xla": "pallas_kernels.hadamard.reference",

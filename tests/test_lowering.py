@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import vq_encode
 from tests import small
-from vecinfer_jax.caches import FullPrecision, TailorKV, VecInfer
+from vecinfer_jax.caches import KIVI, FullPrecision, TailorKV, VecInfer
 from vecinfer_jax.calibration import kmeans, refine
 from vecinfer_jax.models.decoder import Decoder, param_shapes
 from vecinfer_jax.rope import Rope
@@ -81,6 +81,17 @@ def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype, imp
             text = step(decoder, decode).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
             assert ("mosaic_gpu" in text) == (implementation == "mosaic_gpu" and decode)
             assert ("triton" in text) == (implementation == "triton")
+
+
+@pytest.mark.parametrize(("head_dim", "heads"), [(64, (9, 3)), (128, (32, 8))])
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
+def test_a_step_over_integers_in_groups_lowers_for_cuda(head_dim, heads, implementation):
+    method = KIVI(bits=2, group=64, sink=1, implementation=implementation)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        decoder, args = shapes(method, head_dim, heads, jnp.bfloat16)
+        text = step(decoder).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
+    assert "group_int_decode_attention" in text
+    assert ("mosaic_gpu" in text, "triton" in text) == (implementation == "mosaic_gpu", implementation == "triton")
 
 
 def test_a_step_with_a_dense_map_of_the_keys_lowers_for_cuda():

@@ -82,6 +82,11 @@ class Source(Protocol):
     def fill(self, shared: Pointer, threads: int, head: Reg, *extras: Pointer) -> None:
         """Brings what one head's tokens share into shared memory; all of the block's threads do it together."""
 
+
+@runtime_checkable
+class TokenSource(Source, Protocol):
+    """One in which a token's elements stand together."""
+
     def reader(self, shared: Pointer, part: Reg, parts: int, lane: Reg) -> Reader: ...
 
 
@@ -128,6 +133,7 @@ class Problem:
     output: str  # "f32", or as `Exact.operand`
     config: Config
     walk: "Walk"
+    strided: bool  # whether a lane has four of every 32 elements of a value, and not D / 8 neighbours
     settings: Any  # of the walk
     scratch_bytes: int  # shared memory of the walk
 
@@ -183,13 +189,15 @@ def attend(
     exact_q: Float[Array, "B Hq D"] | None = None,
     out_dtype: Any = jnp.float32,
     walk: "Walk | None" = None,
+    strided: bool = False,
     settings: Any = None,
     scratch_bytes: int = 0,
 ) -> tuple[Array, Array]:
     """softmax(scale q K^T) V -> output [B, Hq, D] in `out_dtype`, log-sum-exp [B, Hq].
 
     keys, values: how they are held, the array [B, Hkv, S, ...] of their tokens, and further ones that their source
-    reads. walk: what a warp does with a row's tiles, `walk_tiles` if not given; settings: its own, hashable;
+    reads. walk: what a warp does with a row's tiles, `walk_tiles` if not given; strided: whether its outputs are, in
+    lane (r, j), part i, elements 32 i + 4 r ... of head j rather than r D / 8 + 4 i ...; settings: its own, hashable;
     scratch_bytes: its shared memory. The other arguments are those of `pallas_kernels.vq_decode_attention`.
 
     Raises NotImplementedError for what these kernels do not serve.
@@ -217,6 +225,7 @@ def attend(
         output=_output_kind(name, out_dtype),
         config=config,
         walk=walk or walk_tiles,
+        strided=strided,
         settings=settings,
         scratch_bytes=scratch_bytes,
     )
@@ -511,7 +520,7 @@ def walk_tiles(p: Problem, row: Row) -> list:
     first = row.low + place.warp
     words = read(first)  # on their way while shared memory is filled
     of_row = row.queries()
-    queries = [_load_queries(p, of_row, block, place.r, place.j) for block in range(p.head_blocks)]
+    queries = [load_queries(p, of_row, block, place.r, place.j) for block in range(p.head_blocks)]
     state = row.before(empty(p))
     row.fill()
     selectors = selectors_of(place.r)
@@ -537,6 +546,7 @@ def readers(p: Problem, row: Row, place: Place) -> tuple[tuple[Reader, Pointer],
     tokens apart, two values."""
 
     def one(source: Source, tokens: Pointer, part: Reg, parts: int, token: Reg) -> tuple[Reader, Pointer]:
+        assert isinstance(source, TokenSource)
         reader = source.reader(row.shared, part, parts, place.lane)
         of_row = at(tokens, lanes.wide_product(row.row, p.tokens * source.pitch))
         return reader, at(of_row, token * source.pitch + reader.word_offset)
@@ -563,7 +573,7 @@ def _attend_exactly(p: Problem, source: Exact, arrays: Sequence[Pointer], row: R
     lane = lanes.thread() & (_WARP - 1)
     r, j = lane >> 2, lane & 3
     own = (r >> 1) + ((r & 1) << 2)
-    queries = [_load_queries(p, _queries_of(p, q, row), block, r, j) for block in range(p.head_blocks)]
+    queries = [load_queries(p, _queries_of(p, q, row), block, r, j) for block in range(p.head_blocks)]
     key_row, value_row = (at(x, lanes.wide_product(row, source.tokens * p.dim * 2)) for x in (keys, values))
     valid_row = at(valid, lanes.wide_product(batch, source.tokens * 4))
     last = source.tokens - 1
@@ -575,10 +585,7 @@ def _attend_exactly(p: Problem, source: Exact, arrays: Sequence[Pointer], row: R
 
         def see(state: list) -> list:
             key = _row_words(at(key_row, token * (p.dim * 2), j * (p.dim // 2)), p.dim // 8)
-            near, far = (
-                _row_words(at(value_row, (first + j + t).minimum(last) * (p.dim * 2), r * (p.dim // 4)), p.dim // 16)
-                for t in (0, 4)
-            )
+            near, far = (_value_words(p, at(value_row, (first + j + t).minimum(last) * (p.dim * 2)), r) for t in (0, 4))
             scores = [counts.where(s, f32(split_k.EMPTY)) for s in products(key, queries, source.operand)]
             state = make_room(p, [scores], state)
             return accumulate(p, source.operand, near, far, scores, state, selectors_of(r))
@@ -590,6 +597,13 @@ def _attend_exactly(p: Problem, source: Exact, arrays: Sequence[Pointer], row: R
 
 def _row_words(pointer: Pointer, count: int) -> list[Reg]:
     return [word for i in range(0, count, 4) for word in lanes.load(at(pointer, 4 * i), 4)]
+
+
+def _value_words(p: Problem, pointer: Pointer, r: Reg) -> list[Reg]:
+    """Part r of a value held as it is."""
+    if p.strided:
+        return [word for i in range(p.dim // 32) for word in lanes.load(at(pointer, 64 * i, r << 3), 2)]
+    return _row_words(at(pointer, r * (p.dim // 4)), p.dim // 16)
 
 
 def empty(p: Problem) -> list:
@@ -681,7 +695,7 @@ def _map_queries(p: Problem, q: Pointer, matrix: Pointer, scratch: Pointer) -> P
     return out
 
 
-def _load_queries(p: Problem, q: Pointer, block: int, r: Reg, j: Reg) -> list[tuple[Reg, Reg]]:
+def load_queries(p: Problem, q: Pointer, block: int, r: Reg, j: Reg) -> list[tuple[Reg, Reg]]:
     """B of each step of the scores: column r is half r % 2 of every 4 elements of head r / 2."""
     head = (r >> 1) + HEADS * block
     exists = head < p.group
@@ -763,7 +777,8 @@ def _merge(p: Problem, state: list, merge: Pointer, outputs: Pointer, sums: Poin
             total = total + lanes.exchange(total, distance)
         row = warp * heads + block * HEADS + j
         for i, part in enumerate(parts):
-            lanes.store(at(merge, row * row_bytes + r * (row_bytes // 8) + i * 16), part)
+            place = (r << 4) + i * 128 if p.strided else r * (row_bytes // 8) + i * 16
+            lanes.store(at(merge, row * row_bytes + place), part)
         lanes.store(at(sums_at, row * 8), [m, total])
     lanes.barrier()
     quads = p.dim // 4

@@ -230,7 +230,7 @@ def _kernel(
     query = _load_query(refs.q, row, config.heads)
     unscaled = query.size * (scale * _LOG2_E)
     half = [jnp.arange(dim // 2) + part for part in (0, dim // 2)]
-    affine = [(_load(refs.key_scale, head, c), _load(refs.key_zero, head, c)) for c in half]
+    affine = [(load(refs.key_scale, head, c), load(refs.key_zero, head, c)) for c in half]
 
     def visit(tile, carry):
         top, total, zeros, output = carry
@@ -262,7 +262,7 @@ def _kernel(
         weights = jnp.exp2(scores - tile_top[None, :])
         new = jnp.maximum(top, tile_top)
         shrink, grow = jnp.exp2(top - new), jnp.exp2(tile_top - new)
-        s, z = (_load(refs.value_scale_zero, batch, token, i, mask=valid).astype(jnp.float32) for i in (0, 1))
+        s, z = (load(refs.value_scale_zero, batch, token, i, mask=valid).astype(jnp.float32) for i in (0, 1))
         codes = _value_codes(refs.value_codes, row, token, valid, dim, bits[1], config.value_codes)
         values = look_up(codes, refs.value_table, 0)
         part = dot(values.T, (weights * s[:, None]).astype(dtype))
@@ -283,7 +283,7 @@ def _kernel(
     store(output_ref, lse_ref, row, split, top, total, output + zeros[None, :])
 
 
-def _load(ref, *index, mask=None) -> Array:
+def load(ref, *index, mask=None) -> Array:
     """Elements at indices that broadcast against each other; 0 where masked."""
     shape = jnp.broadcast_shapes(*(jnp.shape(i) for i in index))
     at = tuple(jnp.broadcast_to(jnp.int32(i), shape) for i in index)
@@ -302,7 +302,7 @@ def _load_query(q_ref, row, count: int) -> _Query:
     group, dim = q_ref.shape[1:]
     head, channel = jnp.arange(count)[:, None], jnp.arange(dim // 2)[None, :]
     low, high = (
-        _load(q_ref, row, head, channel + part, mask=head < group).astype(jnp.float32) for part in (0, dim // 2)
+        load(q_ref, row, head, channel + part, mask=head < group).astype(jnp.float32) for part in (0, dim // 2)
     )
     largest = jnp.maximum(jnp.max(jnp.abs(low), axis=1), jnp.max(jnp.abs(high), axis=1))
     size = jnp.where(largest > 0, 2 * largest, 1.0)
@@ -312,14 +312,14 @@ def _load_query(q_ref, row, count: int) -> _Query:
 def _in_tile(turns: _Turns, tokens: int) -> tuple[Array, Array]:
     """Rotations of the tokens of a tile by their place in it: the compiler keeps them from tile to tile."""
     token, pair = jnp.arange(tokens)[:, None], jnp.arange(turns.cos.shape[1])[None, :]
-    return _load(turns.cos, token, pair), _load(turns.sin, token, pair)
+    return load(turns.cos, token, pair), load(turns.sin, token, pair)
 
 
 def _of_tile(turns: _Turns, tile, pair: Array | None = None) -> tuple[Array, Array]:
     """The rotation of a tile's start, of all pairs or those named."""
     pair = jnp.arange(turns.cos.shape[1]) if pair is None else pair
-    coarse = [_load(ref, tile >> _LOG2_FINE, pair) for ref in (turns.coarse_cos, turns.coarse_sin)]
-    fine = [_load(ref, tile & (_FINE - 1), pair) for ref in (turns.fine_cos, turns.fine_sin)]
+    coarse = [load(ref, tile >> _LOG2_FINE, pair) for ref in (turns.coarse_cos, turns.coarse_sin)]
+    fine = [load(ref, tile & (_FINE - 1), pair) for ref in (turns.fine_cos, turns.fine_sin)]
     return _compose(coarse, fine)
 
 
@@ -352,13 +352,13 @@ def _codes(
     straddles = bool((place(np.arange(0, count, unit)) * bits % 32 + unit * bits > 32).any())
     start = place(jnp.arange(count // unit) * unit) * bits
     first, offset = start // 32, start % 32
-    word = _load(ref, row, token[:, None], first[None, :], mask=valid[:, None])
+    word = load(ref, row, token[:, None], first[None, :], mask=valid[:, None])
     shift = jnp.broadcast_to(offset[None, :], word.shape)
     if unit * bits < 32:
         cut = lax.shift_right_logical(word, shift)
         if straddles:  # units that end in the next word
             more = valid[:, None] & (offset + unit * bits > 32)[None, :]
-            cut |= (_load(ref, row, token[:, None], first[None, :] + 1, mask=more) << 1) << (31 - shift)
+            cut |= (load(ref, row, token[:, None], first[None, :] + 1, mask=more) << 1) << (31 - shift)
         word = cut
     wide = (*word.shape, unit // at_once)
     shift = jnp.broadcast_to((bits * at_once * jnp.arange(wide[2]))[None, None, :], wide)
@@ -379,7 +379,7 @@ def _each(pools, size: int, start: Array, add: Callable[[Any, Array], Array]) ->
 def _load_outliers(ref, row, start, length, slot, dim: int, size: int) -> tuple[Array, Array, Array]:
     """Token in the tile's pool, channel and difference of some slots; a difference of 0 for what does not count."""
     index, pool = slot + jnp.arange(size), start >> _LOG2_TILE
-    word = _load(ref, row, pool, index, mask=index < ref.shape[2])
+    word = load(ref, row, pool, index, mask=index < ref.shape[2])
     place = word & 0xFFFF
     token, channel = place >> (dim.bit_length() - 1), place & (dim - 1)
     high = lax.shift_right_logical(word, jnp.full_like(word, 16)).astype(jnp.int16)
@@ -390,7 +390,7 @@ def _load_outliers(ref, row, start, length, slot, dim: int, size: int) -> tuple[
 
 def _one_hot(eye_ref, index: Array, start, count: int) -> Array:
     """[slots, count]: 1 where an index less `start` is the column's. Read, in long words, rather than compared."""
-    return _load(eye_ref, index[:, None], start + jnp.arange(count)[None, :])
+    return load(eye_ref, index[:, None], start + jnp.arange(count)[None, :])
 
 
 def _within_pool(start, tokens: int):
@@ -403,12 +403,12 @@ def _key_outliers(refs: _Refs, row, start, length, slot, query: _Query, dtype, c
     group, dim = refs.q.shape[1:]
     token, channel, difference = _load_outliers(refs.key_outliers, row, start, length, slot, dim, config.slots)
     head = jnp.arange(config.heads)[None, :]
-    x = _load(refs.q, row, head, channel[:, None], mask=head < group).astype(jnp.float32)
+    x = load(refs.q, row, head, channel[:, None], mask=head < group).astype(jnp.float32)
     if refs.turns is not None:
         # An element of a rotated key meets the query rotated back: the element's own channel and its partner's.
         pair = channel & (dim // 2 - 1)
-        partner = _load(refs.q, row, head, (channel ^ (dim // 2))[:, None], mask=head < group).astype(jnp.float32)
-        within = [_load(table, token, pair).astype(jnp.float32) for table in (refs.turns.cos, refs.turns.sin)]
+        partner = load(refs.q, row, head, (channel ^ (dim // 2))[:, None], mask=head < group).astype(jnp.float32)
+        within = [load(table, token, pair).astype(jnp.float32) for table in (refs.turns.cos, refs.turns.sin)]
         pool_start = (start >> _LOG2_TILE) * (nuq.TILE // config.tokens)
         cos, sin = _compose(_of_tile(refs.turns, pool_start, pair), within)
         x = x * cos[:, None] + partner * jnp.where(channel < dim // 2, sin, -sin)[:, None]

@@ -149,7 +149,7 @@ def test_true_bits_are_those_of_the_reports():
 
 @pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_packed_codes_read_back_within_half_a_step(bits):
-    x = np.random.default_rng(0).normal(size=(5, 7, 40)).astype(np.float32) * 10 + 3
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(5, 7, 40)), jnp.float32) * 10 + 3
     scaling = uniform.fit(x, -1, bits)
     codes = uniform.encode(x, scaling, bits)
     assert codes.dtype == np.uint8 and codes.shape[-1] == 5 * bits

@@ -5,6 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels.group_int import Layout
 from tests.kernels import oracle
 
 # What runs on this machine: plain JAX, and the Triton kernels in interpret mode.
@@ -268,5 +269,100 @@ NUQ_LOWERED = [
         (3, 64, 3, 40, "float16"),
         (4, 128, 8, 0, "bfloat16"),
         (3, 64, 1, 20, "float32"),
+    )
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupInt:
+    """A decoding step over integers in groups; `channel_group` None: that of the tokens, or the whole head."""
+
+    dim: int = 128
+    group: int = 4
+    bits: int = 2
+    token_group: int = 64
+    channel_group: int | None = None
+    dtype: str = "bfloat16"
+    lengths: tuple[int, ...] = (0, 1, 31, 65)
+    tokens: int = 128
+    kv_heads: int = 2
+
+    def __str__(self) -> str:
+        ends = ".".join(map(str, self.lengths))
+        groups = f"g{self.token_group}c{self.layout.channel_group}"
+        return f"D{self.dim}-G{self.group}-int{self.bits}-{groups}-{self.dtype}-{ends}of{self.tokens}"
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.dim, self.bits, self.token_group, min(self.channel_group or self.token_group, self.dim))
+
+    @property
+    def triton(self) -> bool:
+        """Whether the Triton kernel serves it."""
+        whole = self.token_group % 32 == 0 and self.layout.channel_group % 32 == 0
+        return whole and self.dim in (64, 128) and self.bits != 3 and self.group <= 16
+
+    @property
+    def hopper(self) -> bool:
+        """Whether the Mosaic GPU kernel serves it."""
+        return self.triton and self.dtype != "float32"
+
+    def arguments(self, seed: int = 0) -> tuple[tuple, dict]:
+        rng = np.random.default_rng(seed)
+        layout, rows = self.layout, (len(self.lengths), self.kv_heads)
+        q = jnp.asarray(rng.normal(size=(rows[0], self.kv_heads * self.group, self.dim)), self.dtype)
+        coded = []
+        for codes, scales in (layout.key_shapes(self.tokens), layout.value_shapes(self.tokens)):
+            coded.append(jnp.asarray(rng.integers(0, 256, (*rows, *codes)), jnp.uint8))
+            scale, zero = rng.uniform(0.1, 1.0, (*rows, *scales)), rng.normal(size=(*rows, *scales))
+            keys = len(coded) == 1
+            of_scale = np.arange(scales[1]) < self.dim if keys else np.arange(scales[1]) % 2 == 0
+            coded.append(jnp.asarray(np.where(of_scale, scale, zero), jnp.float16))
+        arrays = (q, *coded, jnp.array(self.lengths, jnp.int32))
+        return arrays, {"layout": layout, "scale": self.dim**-0.5}
+
+
+GROUP_INT = [
+    GroupInt(lengths=(0, 1, 63, 65, 128)),
+    GroupInt(dim=64, group=3, bits=1, dtype="float16", lengths=(33, 64)),
+    GroupInt(dim=128, group=5, bits=4, token_group=32, lengths=(0, 31, 96), tokens=96),
+    GroupInt(dim=64, group=9, bits=2, token_group=96, channel_group=32, lengths=(95,), tokens=192),
+    GroupInt(dim=128, group=16, bits=1, token_group=128, lengths=(127, 5)),
+    GroupInt(dim=64, group=1, bits=4, token_group=128, dtype="float16", lengths=(200,), tokens=256),
+    GroupInt(dim=128, group=2, bits=2, token_group=64, channel_group=96, lengths=(128, 3)),
+    GroupInt(dim=64, group=3, bits=2, dtype="float32", lengths=(0, 70)),
+    # What only the reference serves.
+    GroupInt(dim=80, group=2, bits=2, token_group=32, dtype="float32", lengths=(0, 33), tokens=64),
+    GroupInt(dim=64, group=2, bits=3, token_group=64, dtype="float32", lengths=(65,)),
+    GroupInt(dim=16, group=3, bits=2, token_group=6, dtype="float32", lengths=(1, 12), tokens=12),
+    GroupInt(dim=128, group=20, bits=2, lengths=(66,)),
+]
+
+# On a device, compiled: all formats, the edges of a tile, and long rows.
+GROUP_INT_ON_DEVICE = [
+    *GROUP_INT,
+    *(
+        GroupInt(dim=dim, group=group, bits=bits, token_group=tokens, lengths=(0, 1, 31, 32, 33, 384), tokens=384)
+        for bits in (1, 2, 4)
+        for tokens in (32, 64, 128)
+        for dim, group in ((64, 3), (128, 4), (128, 12))
+    ),
+    GroupInt(lengths=(0, 1, 31, 32, 33, 4095, 4096, 131072), tokens=131072),
+    GroupInt(dim=64, group=3, bits=1, lengths=(131071, 5), tokens=131072, kv_heads=3),
+    GroupInt(dim=64, group=7, bits=2, token_group=32, lengths=(4097, 4095), tokens=4160),
+    GroupInt(dim=128, group=4, bits=4, token_group=128, dtype="float16", lengths=(32768, 1), tokens=32768),
+    GroupInt(group=2, token_group=32, lengths=tuple(range(80)), tokens=96),
+]
+
+# Of these, what is lowered for CUDA without one: every family once.
+GROUP_INT_LOWERED = [
+    GroupInt(dim=dim, group=group, bits=bits, token_group=tokens, channel_group=channels, dtype=dtype, lengths=(5,))
+    for dim, group, bits, tokens, channels, dtype in (
+        (128, 4, 2, 64, None, "bfloat16"),
+        (64, 3, 1, 32, None, "float16"),
+        (128, 16, 4, 128, None, "bfloat16"),
+        (64, 5, 4, 64, 32, "bfloat16"),
+        (128, 1, 1, 64, 32, "float16"),
+        (64, 7, 2, 128, None, "float32"),
     )
 ]

@@ -18,10 +18,12 @@ import numpy as np
 
 from pallas_kernels import dispatch
 from pallas_kernels.decode_attention import mosaic_gpu as plain
+from pallas_kernels.group_int_append import mosaic_gpu as group_int_append
+from pallas_kernels.group_int_decode_attention import mosaic_gpu as group_int
 from pallas_kernels.mosaic_gpu import lanes
 from pallas_kernels.nuq_decode_attention import mosaic_gpu as nuq
 from pallas_kernels.rms_norm import mosaic_gpu as norm
-from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - to be found by `install`
+from pallas_kernels.vq_append import mosaic_gpu as _append  # noqa: F401 - for `install`
 from pallas_kernels.vq_decode_attention import mosaic_gpu as attention
 from pallas_kernels.vq_encode import mosaic_gpu as encoding
 
@@ -205,6 +207,10 @@ def log2(x):
 
 def rsqrt(x):
     return Reg(1 / np.sqrt(x.value))
+
+
+def divide(a, b):
+    return a / b
 
 
 def multiply_add(a, b, c):
@@ -423,7 +429,7 @@ def install(monkeypatch):
     """Makes every kernel that is written in lanes run here, as if on a device of few multiprocessors, in blocks of few
     warps: a warp more is as much again to simulate."""
     monkeypatch.setattr(dispatch, "multiprocessors", lambda: MULTIPROCESSORS)
-    for kernel in (attention, plain, nuq, encoding, norm):
+    for kernel in (attention, plain, nuq, group_int, group_int_append, encoding, norm):
         for name in ("_WARPGROUPS", "_FEW_WARPGROUPS", "_MANY_WARPGROUPS"):
             monkeypatch.setattr(kernel, name, 1, raising=False)
     names = [name for name in globals() if hasattr(lanes, name) and name not in ("functools", "jax", "jnp", "lanes")]

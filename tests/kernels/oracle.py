@@ -199,3 +199,61 @@ def nuq_decode_attention(
             output[b, heads] = weights / total @ values
             lse[b, heads] = (top + np.log(total))[:, 0]
     return output, lse
+
+
+def group_int_codes(packed, layout, values: bool) -> np.ndarray:
+    """Packed tiles [tiles, bytes] of a head's keys or values as codes [S, D], code by code, from the words of lanes."""
+    if not layout.for_lanes:
+        return unpack(np.asarray(packed), layout.bits, layout.tile * layout.dim).reshape(-1, layout.dim)
+    words = np.ascontiguousarray(packed).view(np.uint32)
+    bits, dim = layout.bits, layout.dim
+    fields, of_lane = 16 // bits, dim * bits // 32
+    at_once = min(4, of_lane)
+    out = np.full((len(words), 32, dim), -1)
+    for lane in range(32):
+        r, j = divmod(lane, 4)
+        for pair in range(dim // 2):
+            word, field = divmod(pair, fields)
+            word = words[:, word // at_once * 32 * at_once + lane * at_once + word % at_once]
+            if values:  # tokens j and j + 4 of every eight, each in D / 16 pairs: two of every 32 channels
+                run, pair_of_token = divmod(pair, dim // 16)
+                token, channel = run // 2 * 8 + run % 2 * 4 + j, pair_of_token // 2 * 32 + r * 4 + pair_of_token % 2 * 2
+            else:  # one of every eight tokens, a quarter of it in D / 8 pairs
+                g, pair_of_token = divmod(pair, dim // 8)
+                token, channel = 8 * g + r // 2 + r % 2 * 4, j * dim // 4 + 2 * pair_of_token
+            for half in (0, 1):
+                out[:, token, channel + half] = (word >> (16 * half + field * bits)) & (2**bits - 1)
+    return out.reshape(-1, dim)
+
+
+def group_int_dense(key_codes, key_scale_zero, value_codes, value_scale_zero, layout) -> tuple[np.ndarray, np.ndarray]:
+    """What a head's tokens are read back as, [S, D] each."""
+    dim, tokens = layout.dim, np.arange(len(key_codes) * layout.tile)
+    place = channels = np.arange(dim)
+    if layout.for_lanes:  # of a quarter's channels, those 4 i and 4 i + 1 first
+        place = channels // (dim // 4) * (dim // 4) + channels % 4 // 2 * (dim // 8) + channels % (dim // 4) // 4 * 2
+        place = place + channels % 2
+    of_group = float64(key_scale_zero)[tokens // layout.token_group]
+    keys = group_int_codes(key_codes, layout, False) * of_group[:, place] + of_group[:, dim:]
+    within, parts = tokens % layout.tile, -(-dim // layout.channel_group)
+    part = np.arange(dim) // layout.channel_group
+    if layout.for_lanes:  # of each group of channels: row r has tokens r / 2 + 4 (r % 2) + 8 g
+        t, g = within % 8, within // 8
+        row = t % 4 * 2 + t // 4
+        first = part[None] * 32 + (row * 4 + g)[:, None]
+    else:
+        first = within[:, None] * parts + part[None]
+    of_tile = float64(value_scale_zero).reshape(len(value_codes), -1, 2)[tokens // layout.tile]
+    scale, zero = (np.take_along_axis(of_tile[..., i], first, 1) for i in (0, 1))
+    return keys, group_int_codes(value_codes, layout, True) * scale + zero
+
+
+def group_int_decode_attention(
+    q, key_codes, key_scale_zero, value_codes, value_scale_zero, lengths, layout, scale
+):  # fmt: skip
+    """Softmax over each row's own tokens; output and log-sum-exp."""
+    held = [np.asarray(x) for x in (key_codes, key_scale_zero, value_codes, value_scale_zero)]
+    rows = [[group_int_dense(*(x[b, h] for x in held), layout) for h in range(held[0].shape[1])] for b in range(len(q))]
+    keys, values = (np.stack([np.stack([pair[i] for pair in row]) for row in rows]) for i in (0, 1))
+    valid = np.arange(keys.shape[2])[None] < np.asarray(lengths)[:, None]
+    return attention(q, keys, values, valid, scale)

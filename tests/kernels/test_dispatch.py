@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import dispatch, hadamard, nuq_decode_attention, vq_decode_attention, vq_encode
+from pallas_kernels import (
+    dispatch,
+    group_int_decode_attention,
+    hadamard,
+    nuq_decode_attention,
+    vq_decode_attention,
+    vq_encode,
+)
 from tests.kernels import cases
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -60,6 +67,18 @@ def test_nuq_decode_attention_lowers_for_cuda(case, implementation):
     arrays, options = case.arguments()
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), arrays)
     lower_for_cuda(lambda *a: nuq_decode_attention(*a, **options, implementation=implementation), *shapes)
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [(c, "triton") for c in cases.GROUP_INT_LOWERED] + [(c, "mosaic_gpu") for c in cases.GROUP_INT_LOWERED if c.hopper],
+    ids=str,
+)
+def test_group_int_decode_attention_lowers_for_cuda(case, implementation):
+    arrays, options = case.arguments()
+    text = lower_for_cuda(lambda *a: group_int_decode_attention(*a, **options, implementation=implementation), *arrays)
+    if implementation == "mosaic_gpu":  # the cache is read as it is stored
+        assert "transpose" not in text and "concatenate" not in text
 
 
 def test_kernels_lower_for_cuda_under_vmap():

@@ -6,18 +6,18 @@ it has left the residual window.
 """
 
 import dataclasses
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Float16, Int, UInt8
 
-from pallas_kernels import packing
+from pallas_kernels import dispatch, group_int_append, group_int_decode_attention
+from pallas_kernels.group_int import Layout
 from vecinfer_jax.caches import uniform
 from vecinfer_jax.caches.base import LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_slots, write_chunk
-from vecinfer_jax.caches.uniform import Scaling
-from vecinfer_jax.caches.windowed import WindowedMethod
+from vecinfer_jax.caches.windowed import WindowedCache, WindowedMethod
 from vecinfer_jax.errors import InputError
 
 WIDTHS = (1, 2, 3, 4)
@@ -25,19 +25,17 @@ WIDTHS = (1, 2, 3, 4)
 
 @struct.dataclass
 class KIVIStore:
-    """Codes, a token's contiguous, and what reads them.
+    """Codes and what reads them, as `pallas_kernels.group_int.Layout` stores them.
 
-    key_codes, value_codes:   uint8[B, Hkv, S, bytes].
-    key_scale, key_zero:      float16[B, Hkv, S / g, D], of each channel of a group of tokens.
-    value_scale, value_zero:  float16[B, Hkv, S, ceil(D / g)], of each group of channels of a token.
+    key_codes, value_codes: uint8[B, Hkv, tiles, bytes], a tile of tokens after the other.
+    key_scale_zero:         float16[B, Hkv, S / g, 2 D], of each channel of a group of tokens.
+    value_scale_zero:       float16[B, Hkv, tiles, ...], of each group of channels of a tile's tokens.
     """
 
-    key_codes: UInt8[Array, "B Hkv S bytes"] = array_field("codes")
-    key_scale: Float16[Array, "B Hkv groups D"] = array_field("codes")
-    key_zero: Float16[Array, "B Hkv groups D"] = array_field("codes")
-    value_codes: UInt8[Array, "B Hkv S bytes"] = array_field("codes")
-    value_scale: Float16[Array, "B Hkv S parts"] = array_field("codes")
-    value_zero: Float16[Array, "B Hkv S parts"] = array_field("codes")
+    key_codes: UInt8[Array, "B Hkv tiles bytes"] = array_field("codes")
+    key_scale_zero: Float16[Array, "B Hkv groups kscales"] = array_field("codes")
+    value_codes: UInt8[Array, "B Hkv tiles bytes"] = array_field("codes")
+    value_scale_zero: Float16[Array, "B Hkv tiles vscales"] = array_field("codes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +45,19 @@ class KIVI(WindowedMethod):
     bits:     of a code: 1, 2, 3 or 4; scales and zeros add 32 / group.
     group:    tokens of a channel (keys) and channels of a token (values) that share a scale and a zero. Where heads
               are narrower, values take the whole head; where it does not divide them, the last part is shorter.
+    channels: of a token, if they are not as many: values' group.
     residual: exact recent tokens; the tail is up to group - 1 tokens longer. sink: exact first tokens.
+
+    The fused kernels serve 1, 2 and 4 bits, heads of 64 and 128, and groups of whole 32 tokens and channels.
+    implementation: of the cache's attention ("xla"; None: the best that serves the device and the model); interpret:
+        run Pallas kernels in interpret mode (tests).
     """
 
     bits: int = 2
     group: int = 32
+    channels: int | None = dataclasses.field(default=None, kw_only=True, metadata={"later": True})
+    implementation: str | None = dataclasses.field(default=None, kw_only=True, metadata={"later": True})
+    interpret: bool = dataclasses.field(default=False, kw_only=True, metadata={"later": True})
 
     name: ClassVar[str] = "kivi"
 
@@ -60,35 +66,37 @@ class KIVI(WindowedMethod):
         uniform.check_bits("KIVI", self.bits, WIDTHS)
         if not isinstance(self.group, int) or self.group < 1:
             raise InputError(f"group={self.group!r} must be a whole number of tokens, 1 or more")
+        if self.channels is not None and (not isinstance(self.channels, int) or self.channels < 1):
+            raise InputError(f"channels={self.channels!r} must be a whole number, 1 or more, or none")
+        known = dispatch.TABLE["group_int_decode_attention"]
+        if self.implementation is not None and self.implementation not in known:
+            raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
 
     @property
     def token_group(self) -> int:
         return self.group
 
-    def bits_per_element(self, layer: LayerShape) -> float:
-        key_scales = uniform.BITS_OF_SCALE_AND_ZERO / self.group
-        value_scales = uniform.BITS_OF_SCALE_AND_ZERO * self._parts(layer.head_dim) / layer.head_dim
-        return uniform.code_bits(layer.head_dim, self.bits) + (key_scales + value_scales) / 2
+    def layout(self, head_dim: int) -> Layout:
+        """How a head of so many elements is stored."""
+        return Layout(head_dim, self.bits, self.group, min(self.channels or self.group, head_dim))
 
-    def _parts(self, head_dim: int) -> int:
-        """Groups of channels of a token's value."""
-        return -(-head_dim // self.group)
+    def bits_per_element(self, layer: LayerShape) -> float:
+        layout = self.layout(layer.head_dim)
+        keys = uniform.BITS_OF_SCALE_AND_ZERO / layout.token_group
+        values = uniform.BITS_OF_SCALE_AND_ZERO * layout.parts / layout.dim
+        return 8 * layout.tile_bytes / (layout.tile * layout.dim) + (keys + values) / 2
+
+    def reading(self) -> str:
+        rest = [] if self.channels in (None, self.group) else [f"channels={self.channels}"]
+        rest += [] if self.implementation in (None, "mosaic_gpu") else [self.implementation]
+        return " ".join([super().reading(), *rest])
 
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> KIVIStore:
-        dim = layer.head_dim
-
-        def zeros(tokens: int, width: int, dtype: Any) -> Array:
-            return jnp.zeros((batch, layer.num_kv_heads, tokens, width), dtype)
-
-        groups, parts, width = slots // self.group, self._parts(dim), packing.num_bytes(dim, self.bits)
-        return KIVIStore(
-            key_codes=zeros(slots, width, jnp.uint8),
-            key_scale=zeros(groups, dim, jnp.float16),
-            key_zero=zeros(groups, dim, jnp.float16),
-            value_codes=zeros(slots, width, jnp.uint8),
-            value_scale=zeros(slots, parts, jnp.float16),
-            value_zero=zeros(slots, parts, jnp.float16),
-        )
+        layout = self.layout(layer.head_dim)
+        shapes = *layout.key_shapes(slots), *layout.value_shapes(slots)
+        kinds = jnp.uint8, jnp.float16, jnp.uint8, jnp.float16
+        rows = batch, layer.num_kv_heads
+        return KIVIStore(*(jnp.zeros((*rows, *shape), kind) for shape, kind in zip(shapes, kinds, strict=True)))
 
     def append(
         self,
@@ -98,45 +106,87 @@ class KIVI(WindowedMethod):
         slots: Int[Array, "B T"],
         layer: LayerShape,
     ) -> KIVIStore:
-        b, t, heads, dim = k.shape
-        grouped = k.reshape(b, t // self.group, self.group, heads, dim)
-        of_keys = uniform.fit(grouped, 2, self.bits)
-        key_codes = uniform.encode(grouped, of_keys, self.bits).reshape(b, t, heads, -1)
-        first = slots[:, :: self.group]
-        groups = jnp.where(first < 0, -1, first // self.group)
+        layout = self.layout(layer.head_dim)
 
-        parts, width = self._parts(dim), min(self.group, dim)
-        # The last channel again fills up the last part: neither minimum nor maximum changes.
-        padded = jnp.pad(v, ((0, 0), (0, 0), (0, 0), (0, parts * width - dim)), mode="edge")
-        of_values = uniform.fit(padded.reshape(b, t, heads, parts, width), 4, self.bits)
-        value_codes = uniform.encode(v, self._by_channel(of_values, dim), self.bits)
+        def written(held: Array, new: Array, tokens: int) -> Array:
+            """`new`, whose every row is of so many tokens, in its place."""
+            first = slots[:, ::tokens]
+            return write_chunk(held, new.swapaxes(1, 2), jnp.where(first < 0, -1, first // tokens))
+
+        key_codes, key_scale_zero = layout.encode_keys(k.swapaxes(1, 2))
+        value_codes, value_scale_zero = layout.encode_values(v.swapaxes(1, 2))
         return KIVIStore(
-            write_chunk(store.key_codes, key_codes, slots),
-            write_chunk(store.key_scale, of_keys.scale[:, :, 0], groups),
-            write_chunk(store.key_zero, of_keys.zero[:, :, 0], groups),
-            write_chunk(store.value_codes, value_codes, slots),
-            write_chunk(store.value_scale, of_values.scale[..., 0], slots),
-            write_chunk(store.value_zero, of_values.zero[..., 0], slots),
+            written(store.key_codes, key_codes, layout.tile),
+            written(store.key_scale_zero, key_scale_zero, layout.token_group),
+            written(store.value_codes, value_codes, layout.tile),
+            written(store.value_scale_zero, value_scale_zero, layout.tile),
         )
 
-    def _by_channel(self, scaling: Scaling, dim: int) -> Scaling:
-        """[..., parts, 1] -> [..., D]."""
-        scale, zero = (jnp.repeat(part[..., 0], min(self.group, dim), axis=-1)[..., :dim] for part in scaling)
-        return Scaling(scale, zero)
+    def push_token(
+        self,
+        cache: WindowedCache,
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        at: Int[Array, "B"],
+        layer: LayerShape,
+    ) -> WindowedCache:
+        store = cache.store
+        ring_keys, ring_values, *rest = group_int_append(
+            k,
+            v,
+            at.astype(jnp.int32),
+            cache.ring_keys,
+            cache.ring_values,
+            store.key_codes,
+            store.key_scale_zero,
+            store.value_codes,
+            store.value_scale_zero,
+            layout=self.layout(layer.head_dim),
+            sink=self.sink,
+            sinks=(cache.sink_keys, cache.sink_values),
+            implementation=dispatch.named("group_int_append", self.implementation),
+            interpret=self.interpret,
+        )
+        return dataclasses.replace(
+            cache,
+            store=KIVIStore(*rest[:4]),
+            ring_keys=ring_keys,
+            ring_values=ring_values,
+            sink_keys=rest[4],
+            sink_values=rest[5],
+        )
 
     def read(
         self, store: KIVIStore, start: Int[Array, ""], size: int, layer: LayerShape
     ) -> tuple[Float[Array, "B Hkv size D"], Float[Array, "B Hkv size D"]]:
-        dim = layer.head_dim
-        codes = read_slots(store.key_codes, start, size)
-        b, heads, _, width = codes.shape
-        groups = size // self.group
-        scale, zero = (
-            read_slots(part, start // self.group, groups)[:, :, :, None] for part in (store.key_scale, store.key_zero)
+        layout = self.layout(layer.head_dim)
+
+        def of_tokens(held: Array, tokens: int) -> Array:
+            return read_slots(held, start // tokens, size // tokens)
+
+        keys = layout.decode_keys(
+            of_tokens(store.key_codes, layout.tile), of_tokens(store.key_scale_zero, layout.token_group)
         )
-        codes = codes.reshape(b, heads, groups, self.group, width)
-        keys = uniform.decode(codes, Scaling(scale, zero), self.bits, dim).reshape(b, heads, size, dim)
-        scale, zero = (read_slots(part, start, size)[..., None] for part in (store.value_scale, store.value_zero))
-        of_values = self._by_channel(Scaling(scale, zero), dim)
-        values = uniform.decode(read_slots(store.value_codes, start, size), of_values, self.bits, dim)
+        values = layout.decode_values(
+            of_tokens(store.value_codes, layout.tile), of_tokens(store.value_scale_zero, layout.tile)
+        )
         return keys.astype(layer.dtype), values.astype(layer.dtype)
+
+    def attend_cache(
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
+    ) -> Float[Array, "B Hq D"]:
+        store = cache.store
+        return group_int_decode_attention(
+            q,
+            store.key_codes,
+            store.key_scale_zero,
+            store.value_codes,
+            store.value_scale_zero,
+            self.coded_count(cache.lengths).astype(jnp.int32),
+            layout=self.layout(layer.head_dim),
+            scale=layer.scale,
+            exact=self.exact_tokens(cache),
+            out_dtype=q.dtype,
+            implementation=self.implementation,
+            interpret=self.interpret,
+        )[0]
