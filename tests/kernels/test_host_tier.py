@@ -122,6 +122,13 @@ def test_the_output_is_the_softmax_over_the_chosen_and_the_exact_tokens(case, pl
     check_attention(case, place)
 
 
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_the_kernels_do_the_same_in_interpret_mode(case):
+    check_fetch(case, jax.memory.Space.Device, interpret=True)
+    check_selection(case, interpret=True)
+    check_attention(case, jax.memory.Space.Device, interpret=True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_DEVICE, ids=str)
 @pytest.mark.parametrize("name", sorted({*dispatch.TABLE["attend_rows"], *dispatch.TABLE["select_tokens"]}))
@@ -172,7 +179,8 @@ def test_arguments_that_do_not_belong_together_are_refused():
         assert not isinstance(error.value, ValueError) or "\n" not in str(error.value)
 
 
-def test_a_step_lowers_for_cuda_without_a_copy_of_the_tier():
+@pytest.mark.parametrize("name", dispatch.TABLE["attend_rows"])
+def test_a_step_lowers_for_cuda_without_a_copy_of_the_tier(name):
     """The tier stays annotated as the host's, and nothing of its size is made on the device."""
     case = (128, 4, "bfloat16", (4096,), 4096, 128, (8,))
     q, keys, values, count, exact = arrays(case)
@@ -182,11 +190,13 @@ def test_a_step_lowers_for_cuda_without_a_copy_of_the_tier():
             jax.device_put(x, jax.memory.Space.Host) for x in (keys, values, keys.swapaxes(2, 3))
         )
         channels = jax.lax.top_k(jnp.abs(q.reshape(1, 2, 4, 128).mean(2)), 8)[1].astype(jnp.int32)
-        rows = select_tokens(q, fetch_channels(by_channel, channels), channels, count, tokens=128)
-        return attend_rows(q, keys, values, rows, exact, scale=1.0)
+        fetched = fetch_channels(by_channel, channels, implementation=name)
+        rows = select_tokens(q, fetched, channels, count, tokens=128, implementation=name)
+        return attend_rows(q, keys, values, rows, exact, scale=1.0, implementation=name)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         text = jax.jit(step).trace(q, keys, values, count).lower(lowering_platforms=("cuda",)).as_text()
     to_device = [line for line in text.splitlines() if 'placement = "device"' in line]
-    assert text.count('placement = "pinned_host"') >= 3 and to_device
+    assert text.count('placement = "pinned_host"') >= 3
+    assert bool(to_device) == (name == "xla") and text.count("__gpu$xla.gpu.triton") == (0 if name == "xla" else 4)
     assert not any("4096x128" in line or "128x4096" in line for line in to_device)
