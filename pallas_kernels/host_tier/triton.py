@@ -26,10 +26,10 @@ _HEAD_DIMS = (16, 32, 64, 128, 256)
 _MOST_HEADS = 16
 # Bytes that a program has under way at a time, and programs: together what the bus's latency asks for, and some.
 _FETCHED_BYTES, _FETCHING = 16384, 16
-# Tokens whose scores a program makes; tokens that one looks at at a time in choosing; rows that one attends to.
-_SCORED, _SEARCHED, _ATTENDED = 1024, 8192, 32
-# Steps of the search for the threshold, each of which leaves a quarter of the range.
-_MOST_STEPS = 12
+# Tokens whose scores a program makes; most that one chooses from; rows that one attends to.
+_SCORED, _IN_REGISTERS, _ATTENDED = 1024, 32768, 32
+# Steps of the search for the threshold, each of which leaves a third of the range.
+_MOST_STEPS = 14
 # A Triton kernel's offsets are int32 up to this many bytes of an array.
 _NARROW = 2**32
 
@@ -87,112 +87,156 @@ def select_tokens(
     tokens: int,
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
-    """`pallas_kernels.select_tokens`; scores nearer than a millionth of their range may stand for each other."""
+    """`pallas_kernels.select_tokens`; scores nearer than a millionth of their range may stand for each other.
+
+    The k best tokens lie in the k runs of tokens whose best is best. So first runs are chosen by their maxima, then
+    tokens of those runs; both are few enough to stay in one program's registers.
+    """
     batch, kv_heads, _, size = fetched.shape
     rows = batch * kv_heads
+    run, runs = _runs(size, tokens)
     mean = jnp.mean(q.astype(jnp.float32).reshape(batch, kv_heads, -1, q.shape[-1]), axis=2)
     critical = jnp.take_along_axis(mean, channels, axis=-1).reshape(rows, -1)
-    scores = pl.pallas_call(
-        _score,
+    scores, best = pl.pallas_call(
+        functools.partial(_score, kv_heads=kv_heads, run=run),
         grid=(rows, pl.cdiv(size, _SCORED)),
-        out_shape=jax.ShapeDtypeStruct((rows, size), jnp.float32),
+        out_shape=[
+            jax.ShapeDtypeStruct((rows, size), jnp.float32),
+            jax.ShapeDtypeStruct((rows, runs), jnp.float32),
+        ],
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="score_tokens",
-    )(critical, fetched.reshape(rows, -1, size))
-    block = min(_SEARCHED, pl.next_power_of_2(size))
-    chosen = pl.pallas_call(
-        functools.partial(_choose, kv_heads=kv_heads, tokens=tokens, block=block),
-        grid=(rows,),
-        out_shape=jax.ShapeDtypeStruct((rows, tokens), jnp.int32),
-        compiler_params=plt.CompilerParams(num_warps=16 if block >= 4096 else 4, num_stages=1),
-        interpret=interpret,
-        name="choose_tokens",
-    )(scores, count)
+    )(critical, fetched.reshape(rows, -1, size), count)
+
+    def choose(kernel, chosen: int, considered: int, *arrays):
+        return pl.pallas_call(
+            functools.partial(kernel, kv_heads=kv_heads, run=run),
+            grid=(rows,),
+            out_shape=jax.ShapeDtypeStruct((rows, chosen), jnp.int32),
+            compiler_params=plt.CompilerParams(num_warps=min(max(considered // 512, 4), 16), num_stages=1),
+            interpret=interpret,
+            name=kernel.__name__.strip("_"),
+        )(*arrays, count)
+
+    chosen_runs = choose(_choose_runs, min(tokens, runs), runs, best)
+    chosen = choose(_choose_tokens, tokens, chosen_runs.shape[1] * run, chosen_runs, scores)
     return chosen.reshape(batch, kv_heads, tokens)
+
+
+def _runs(size: int, tokens: int) -> tuple[int, int]:
+    """Tokens of a run, and runs: those and the tokens of k runs are at most `_IN_REGISTERS`."""
+    run = 2
+    while run < _SCORED and pl.cdiv(size, run) > min(_IN_REGISTERS, 4 * tokens * run):
+        run *= 2
+    runs = pl.cdiv(size, run)
+    if max(runs, pl.next_power_of_2(min(tokens, runs)) * run) > _IN_REGISTERS:
+        raise NotImplementedError(f"select_tokens: the triton kernel cannot choose {tokens} of {size} tokens")
+    return run, runs
 
 
 def _score(
     critical_ref,  # float32[R, c]
     fetched_ref,  # [R, c, S]
+    count_ref,  # int32[B]
     scores_ref,  # float32[R, S]
+    best_ref,  # float32[R, runs]
+    *,
+    kv_heads: int,
+    run: int,
 ):
-    row = pl.program_id(0)
-    at = pl.program_id(1) * _SCORED + jnp.arange(_SCORED)
+    row, first = pl.program_id(0), pl.program_id(1) * _SCORED
+    at = first + jnp.arange(_SCORED)
     there = at < scores_ref.shape[1]
     scores = jnp.zeros((_SCORED,), jnp.float32)
     for i in range(critical_ref.shape[1]):
         channel = plt.load(fetched_ref.at[row, jnp.int32(i), at], mask=there, other=0).astype(jnp.float32)
         scores += plt.load(critical_ref.at[row, jnp.int32(i)]) * channel
+    scores = jnp.where(at < plt.load(count_ref.at[row // kv_heads]), scores, -jnp.inf)
     plt.store(scores_ref.at[row, at], scores, mask=there)
+    best = jnp.max(scores.reshape(_SCORED // run, run), axis=1)
+    place = first // run + jnp.arange(_SCORED // run)
+    plt.store(best_ref.at[row, place], best, mask=place < best_ref.shape[1])
 
 
-def _choose(
+def _choose_runs(
+    best_ref,  # float32[R, runs]
+    count_ref,  # int32[B]
+    chosen_ref,  # int32[R, k]
+    *,
+    kv_heads: int,
+    run: int,
+):
+    row = pl.program_id(0)
+    at = jnp.arange(pl.next_power_of_2(best_ref.shape[1]))
+    best = plt.load(best_ref.at[row, at], mask=at < best_ref.shape[1], other=-jnp.inf)
+    count = plt.load(count_ref.at[row // kv_heads])
+    _choose(best, at, jnp.clip((count + run - 1) // run, 0, best_ref.shape[1]), chosen_ref, row)
+
+
+def _choose_tokens(
+    runs_ref,  # int32[R, runs]
     scores_ref,  # float32[R, S]
     count_ref,  # int32[B]
     chosen_ref,  # int32[R, k]
     *,
     kv_heads: int,
-    tokens: int,
-    block: int,
+    run: int,
 ):
-    """The k largest of a row, by a search for a threshold that k scores reach."""
-    row, size = pl.program_id(0), scores_ref.shape[1]
-    count = jnp.clip(plt.load(count_ref.at[row // kv_heads]), 0, size)
+    row, (size, runs) = pl.program_id(0), (scores_ref.shape[1], runs_ref.shape[1])
+    place = jnp.arange(pl.next_power_of_2(runs))
+    chosen = plt.load(runs_ref.at[row, place], mask=place < runs, other=-1)
+    shape = place.shape[0], run
+    at = jnp.broadcast_to((chosen * run)[:, None], shape) + jnp.broadcast_to(jnp.arange(run)[None, :], shape)
+    at = jnp.where(jnp.broadcast_to((chosen >= 0)[:, None], shape), at, size).reshape(shape[0] * run)
+    scores = plt.load(scores_ref.at[row, jnp.minimum(at, size - 1)], mask=at < size, other=-jnp.inf)
+    _choose(scores, at, jnp.clip(plt.load(count_ref.at[row // kv_heads]), 0, size), chosen_ref, row)
+
+
+def _choose(scores: Float32[Array, "N"], names: Int32[Array, "N"], count, chosen_ref, row):
+    """Writes the names of the k largest scores of those above -inf, of which there are `count` or at least k; then -1.
+
+    A search for a threshold that k scores reach: each step counts those that reach two values within the range.
+    """
+    tokens = chosen_ref.shape[1]
     wanted = jnp.minimum(tokens, count)
-    blocks = (count + block - 1) // block
+    real = scores > -jnp.inf
+    start_low = jnp.min(jnp.where(real, scores, jnp.inf))
+    start_high = jnp.max(scores)
 
-    def part(i, other: float):
-        at = i * block + jnp.arange(block)
-        return at, plt.load(scores_ref.at[row, at], mask=at < count, other=other)
+    def reaching(threshold):
+        return jnp.sum((real & (scores >= threshold)).astype(jnp.int32))
 
-    def bounds(i, carry):
-        low, high = carry
-        return jnp.minimum(low, jnp.min(part(i, jnp.inf)[1])), jnp.maximum(high, jnp.max(part(i, -jnp.inf)[1]))
-
-    low, high = lax.fori_loop(0, blocks, bounds, (jnp.float32(jnp.inf), jnp.float32(-jnp.inf)))
-
-    # `low` is reached by at least `wanted` scores and `over` of them reach `sure`, less than `wanted`.
+    # At least `wanted` scores reach `low`; `over` of them, fewer than `wanted`, reach `sure`.
     def unsettled(carry):
         step, reach, *_ = carry
         return (step < _MOST_STEPS) & (reach > wanted)
 
     def narrow(carry):
         step, reach, over, low, high, sure = carry
-        thresholds = [low + (high - low) * (j / 4) for j in (1, 2, 3)]
-
-        def reaching(i, counts):
-            scores = part(i, -jnp.inf)[1]
-            return tuple(n + jnp.sum((scores >= t).astype(jnp.int32)) for n, t in zip(counts, thresholds, strict=True))
-
-        counts = lax.fori_loop(0, blocks, reaching, (jnp.int32(0),) * 3)
-        for n, t in zip(counts, thresholds, strict=True):
-            enough = n >= wanted
-            low, reach = jnp.where(enough, t, low), jnp.where(enough, n, reach)
-        for n, t in zip(counts[::-1], thresholds[::-1], strict=True):
-            few = n < wanted
-            high, sure, over = jnp.where(few, t, high), jnp.where(few, t, sure), jnp.where(few, n, over)
+        lower, upper = low + (high - low) * (1 / 3), low + (high - low) * (2 / 3)
+        more, fewer = reaching(lower), reaching(upper)
+        low, reach = jnp.where(more >= wanted, lower, low), jnp.where(more >= wanted, more, reach)
+        low, reach = jnp.where(fewer >= wanted, upper, low), jnp.where(fewer >= wanted, fewer, reach)
+        few = fewer < wanted
+        high, sure, over = jnp.where(few, upper, high), jnp.where(few, upper, sure), jnp.where(few, fewer, over)
+        few = more < wanted
+        high, sure, over = jnp.where(few, lower, high), jnp.where(few, lower, sure), jnp.where(few, more, over)
         return step + 1, reach, over, low, high, sure
 
-    start = jnp.int32(0), count, jnp.int32(0), low, high, jnp.float32(jnp.inf)
+    start = jnp.int32(0), reaching(start_low), jnp.int32(0), start_low, start_high, jnp.float32(jnp.inf)
     _, _, over, low, _, sure = lax.while_loop(unsettled, narrow, start)
 
     # First those that reach `sure`, then of those that reach `low` as many as there is room for.
-    def write(i, carry):
-        surely, perhaps = carry
-        at, scores = part(i, -jnp.inf)
-        first = (scores >= sure) & (at < count)
-        second = (scores >= low) & (at < count) & ~first
-        place = jnp.where(first, surely + _before(first), over + perhaps + _before(second))
-        written = (first | second) & (place < wanted)
-        plt.store(chosen_ref.at[row, jnp.where(written, place, tokens)], at.astype(jnp.int32), mask=written)
-        return surely + jnp.sum(first.astype(jnp.int32)), perhaps + jnp.sum(second.astype(jnp.int32))
-
-    lax.fori_loop(0, blocks, write, (jnp.int32(0), jnp.int32(0)))
+    first = real & (scores >= sure)
+    second = real & (scores >= low) & ~first
+    place = jnp.where(first, _before(first), over + _before(second))
+    written = (first | second) & (place < wanted)
+    plt.store(chosen_ref.at[row, jnp.where(written, place, tokens)], names, mask=written)
     place = jnp.arange(pl.next_power_of_2(tokens))
     nothing = jnp.full(place.shape, -1, jnp.int32)
     unused = (place >= wanted) & (place < tokens)
-    plt.store(chosen_ref.at[row, pl.ds(0, place.size)], nothing, mask=unused)
+    plt.store(chosen_ref.at[row, pl.ds(0, place.shape[0])], nothing, mask=unused)
 
 
 def _before(flags: Array) -> Array:
