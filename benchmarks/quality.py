@@ -70,6 +70,10 @@ UNEQUAL = (("d4b9", "d4b7"), ("d4b10", "d4b6"), ("d4b10", "d8b12"), ("d4b7", "d4
 ESSAYS = 400_000
 # Of RULER's thirteen tasks, some that SmolLM2 solves at all at 4,096 tokens.
 RULER = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multivalue")
+# TailorKV: layers of the models, and the paper's settings for LongBench and for InfiniteBench and RULER.
+LAYERS = {SMOLLM2: 30, QWEN: 24}
+TAILORKV = ("tokens=128,sink=8,recent=56,channels=8", "tokens=896,sink=64,recent=64,channels=12")
+BUDGETS = (32, 64, 256)
 JUDGED = ["full", "vecinfer:bits=4", "vecinfer:bits=2", "kivi:bits=2,group=32", "hadamard-int:bits=2"]
 
 
@@ -87,6 +91,8 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         f"perplexity:path={data / name},length=8192,windows=2" for name in ("essays.txt", "wikitext2_detok_test.txt")
     ]
     shown = windowed(["full", *PAPER, *BASELINES], (0, 128))
+    n = LAYERS.get(model, 32)
+    sparse, first = f"tailorkv:roles=sparse*{n}", f"tailorkv:roles=quantised+sparse*{n - 1}"
     return {
         "paper": {"methods": windowed(["full", *PAPER], (0, 128)), "tasks": [text], "seeds": [0, 1, 2]},
         "baselines": {"methods": windowed(BASELINES, (0, 128)), "tasks": [text], "seeds": [0]},
@@ -155,6 +161,28 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         "kvquant-ablations": {
             "methods": [f"kvquant:{settings},residual=0" for settings in KVQUANT_ABLATIONS],
             "tasks": [text],
+            "seeds": [0],
+        },
+        # By what is read from the host, by the channels that choose it, and by the layers that are quantised.
+        "tailorkv": {
+            "methods": [
+                *(f"{sparse},{setting}" for setting in TAILORKV),
+                *(f"{sparse},{TAILORKV[0]}".replace("tokens=128", f"tokens={tokens}") for tokens in BUDGETS),
+                *(f"{sparse},{TAILORKV[0]}".replace("channels=8", f"channels={c}") for c in (4, 12, 64)),
+                *(f"{first},bits={bits},{TAILORKV[0]}" for bits in (1, 2)),
+                f"tailorkv:roles=quantised*2+sparse*{n - 2},bits=1,{TAILORKV[0]}",
+                f"tailorkv:roles=quantised*{n},bits=1,{TAILORKV[0]}",
+            ],
+            "tasks": [f"perplexity:path={data / 'wikitext2_detok_test.txt'},windows=4"],
+            "seeds": [0],
+        },
+        "tailorkv-needle": {
+            "methods": [
+                *(f"{sparse},{setting}" for setting in TAILORKV),
+                *(f"{first},bits={bits},{TAILORKV[0]}" for bits in (1, 2)),
+            ],
+            "tasks": ["needle:samples=1", "needle:lengths=4096,samples=1"],
+            "prefills": ["exact"],  # as the paper reads prompts
             "seeds": [0],
         },
         "metric-best": {

@@ -220,6 +220,39 @@ def kvquant() -> str:
     return table(["kvquant", "bits", "perplexity", "KL, nats"], cells)
 
 
+def tailorkv(task: str) -> Callable[[], str]:
+    """TailorKV's budgets, channels and roles."""
+
+    def make() -> str:
+        cells = []
+        for row in rows_of(SMOLLM2, task, name_of("tailorkv")):
+            method, result = row["method"], row["result"]
+            quantised = method["roles"].count("quantised") if method["roles"] else 0
+            layers = f"{quantised} at {method['bits']} bit" if quantised else "none"
+            settings = [str(method[name]) for name in ("tokens", "channels", "sink", "recent")]
+            if task == "perplexity":
+                numbers = [
+                    f"{result['perplexity']:.2f}",
+                    f"{result['kl']:.4f}",
+                    f"{100 * result['top1_agreement']:.1f}",
+                ]
+            else:
+                length = f"{row['task']['lengths'][0]:,}"
+                numbers = [length, f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"]
+            bits = f"{result['bits_per_element']:.4g}"
+            cells.append([layers, *settings, method["host"], bits, *numbers])
+        cells.sort(key=lambda line: (line[0] != "none", line[0], -int(line[1]), int(line[2]), line[7]))
+        about = ["quantised layers", "tokens", "channels", "sink", "recent", "host", "bits"]
+        measured = {"perplexity": ["perplexity", "KL, nats", "top-1 agreement, %"]}
+        return table([*about, *measured.get(task, ["length", "found", "gold NLL, nats a case"])], cells)
+
+    return make
+
+
+def name_of(method: str) -> Callable[[dict[str, Any]], bool]:
+    return lambda row: row["method"]["name"] == method
+
+
 def beside(method: dict[str, Any]) -> dict[str, Any]:
     """Those settings of `BARE` that a row has on."""
     return {name: method[name] for name, off in BARE.items() if method.get(name, off) != off}
@@ -272,6 +305,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "formats": formats,
     "metric": metric,
     "kvquant": kvquant,
+    "tailorkv": tailorkv("perplexity"),
+    "tailorkv-needle": tailorkv("needle"),
     "metric-ideas": metric_ideas,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),

@@ -9,6 +9,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.group_int_append import group_int_append
 from pallas_kernels.group_int_decode_attention import group_int_decode_attention
 from pallas_kernels.hadamard import hadamard
+from pallas_kernels.host_tier import attend_rows, fetch_channels, select_tokens
 from pallas_kernels.nuq_decode_attention import nuq_decode_attention
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.vq_append import vq_append
@@ -17,7 +18,9 @@ from pallas_kernels.vq_encode import vq_encode
 
 __all__ = [
     "ExactTokens",
+    "attend_rows",
     "decode_attention",
+    "fetch_channels",
     "group_int",
     "group_int_append",
     "group_int_decode_attention",
@@ -26,6 +29,7 @@ __all__ = [
     "nuq_decode_attention",
     "packing",
     "rms_norm",
+    "select_tokens",
     "split_k",
     "vq_append",
     "vq_decode_attention",

@@ -13,9 +13,17 @@ import jax
 
 # operation -> implementation -> the module that holds a function named as the operation.
 TABLE = {
+    "attend_rows": {
+        "triton": "pallas_kernels.host_tier.triton",
+        "xla": "pallas_kernels.host_tier.reference",
+    },
     "decode_attention": {
         "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
         "xla": "pallas_kernels.decode_attention.reference",
+    },
+    "fetch_channels": {
+        "triton": "pallas_kernels.host_tier.triton",
+        "xla": "pallas_kernels.host_tier.reference",
     },
     "group_int_append": {
         "mosaic_gpu": "pallas_kernels.group_int_append.mosaic_gpu",
@@ -38,6 +46,10 @@ TABLE = {
     "rms_norm": {
         "mosaic_gpu": "pallas_kernels.rms_norm.mosaic_gpu",
         "xla": "pallas_kernels.rms_norm.reference",
+    },
+    "select_tokens": {
+        "triton": "pallas_kernels.host_tier.triton",
+        "xla": "pallas_kernels.host_tier.reference",
     },
     "vq_encode": {
         "mosaic_gpu": "pallas_kernels.vq_encode.mosaic_gpu",

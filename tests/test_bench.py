@@ -57,6 +57,23 @@ def test_every_layer_attends_to_all_tokens(bench):
         assert not np.allclose(logits(tuple(cut)), whole)
 
 
+@pytest.mark.slow
+def test_caches_on_the_host_are_filled_there(bench):
+    method = vj.TailorKV(roles=("quantised", "sparse"), residual=8, recent=5, block=8)
+    _, state = bench.prepare(method, 2, 150, 1)
+    store = state.caches[1].store
+    for held in (store.keys, store.values, store.keys_by_channel):
+        assert held.sharding.memory_kind == "pinned_host"
+        assert len(np.unique(np.asarray(held))) > 1000
+
+
+@pytest.mark.slow
+def test_a_step_with_a_layer_on_the_host_is_timed(bench):
+    method = vj.TailorKV(roles=("quantised", "sparse"), residual=8, recent=5, block=8)
+    row = bench.step(method, 2, 150, repeats=1)
+    assert row.ms_per_step > 0 and row.cache_bytes["host"] > 0
+
+
 def test_what_cannot_be_timed_is_refused(bench):
     for batch, tokens in ((0, 10), (1, 0)):
         with pytest.raises(InputError, match="must be 1 or more"):

@@ -93,6 +93,25 @@ def test_calibrate_then_generate_and_evaluate(capsys, loaded, tmp_path):
     assert "calibrate again" in fails(capsys, "generate", "x", "--calibration", artefact, "--bits", 4, "--quiet")
 
 
+def test_calibrate_finds_and_prints_the_roles_of_layers(capsys, loaded, tmp_path):
+    text, artefact = tmp_path / "t.txt", tmp_path / "artefact"
+    text.write_text("\n\n".join(small.texts()))
+    status, printed, _ = run(
+        capsys, "calibrate", "--method", "tailorkv", "--text", text, "--output", artefact, "--passages", 2,
+        "--passage-length", 64, "--quiet",
+    )  # fmt: skip
+    assert status == 0
+    lines = printed.splitlines()
+    found = json.loads((artefact / "metadata.json").read_text())["findings"]
+    for index in range(3):
+        score, role = found["dense_preference"][index], found["role"][index]
+        assert lines[index].split() == ["layer", str(index), "dense", "preference", str(score), "role", role]
+    assert lines[3] == str(artefact)
+    assert "no roles yet" in fails(capsys, "plan", "tailorkv", "--gpu", "h100")
+    status, printed, _ = run(capsys, "plan", "tailorkv:roles=quantised+sparse*31", "--gpu", "h100")
+    assert status == 0 and "host" in printed
+
+
 def test_convert_writes_what_load_reads(capsys, loaded, tmp_path, monkeypatch):
     import dataclasses
 

@@ -10,7 +10,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import vq_encode
 from tests import small
-from vecinfer_jax.caches import KIVI, FullPrecision, VecInfer
+from vecinfer_jax.caches import KIVI, FullPrecision, TailorKV, VecInfer
 from vecinfer_jax.calibration import kmeans, refine
 from vecinfer_jax.models.decoder import Decoder, param_shapes
 from vecinfer_jax.rope import Rope
@@ -103,6 +103,20 @@ def test_a_step_with_a_dense_map_of_the_keys_lowers_for_cuda():
         decoder, args = shapes(method, 128, (32, 8), jnp.bfloat16)
         text = step(decoder).trace(*args).lower(lowering_platforms=("cuda",)).as_text()
     assert "vq_append" in text and "vq_decode_attention" in text and "triton" not in text
+
+
+def test_a_step_with_layers_in_the_hosts_memory_lowers_for_cuda():
+    """Caches made within the program, so that their place is known without a device that has it."""
+    method = TailorKV(roles=("quantised", "sparse"), residual=64, recent=32, block=32)
+    with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
+        decoder, (params, ids, positions, _) = shapes(method, 128, (32, 8), jnp.bfloat16)
+
+        def run(params, ids, positions):
+            caches = tuple(method.for_layer(i, 2).init(decoder.layer_shape(i), 2, 640) for i in range(2))
+            return decoder.apply({"params": params}, ids, positions, caches, decode=True)
+
+        lowered = jax.jit(run).trace(params, ids, positions).lower(lowering_platforms=("cuda",))
+        assert lowered.as_text().count('memory_kind = "pinned_host"') == 3
 
 
 def test_a_step_of_refinement_lowers_for_cuda(monkeypatch):

@@ -47,6 +47,23 @@ def test_the_most_tokens_are_the_most_that_fit(method, memory):
     assert counted.fits == (most >= 1000)
 
 
+HOSTED = vj.TailorKV(roles=("quantised", "sparse"), residual=8, recent=5, block=8)
+
+
+def test_what_lies_on_the_host_is_counted_apart_and_limited_apart():
+    counted = of(HOSTED)
+    elements = 2 * 2 * (1024 - 8 - 5) // 8 * 8 * 16  # batch, heads, slots in whole blocks, channels
+    assert abs(counted.cache_bytes["host"] - 3 * 4 * elements) < 4 * 3 * 2 * 2 * 8 * 16
+    assert counted.cache_bytes["host"] > 5 * counted.cache_bytes["total"] and counted.fits
+    host = 2**22
+    both = plan(CONFIG, HOSTED, batch=2, tokens=1000, memory=2**33, host_memory=host, dtype=jnp.float32)
+    sizes = [cache_bytes(CONFIG, HOSTED, 2, both.most_tokens + more, jnp.float32)["host"] for more in (0, 256)]
+    assert sizes[0] <= host < sizes[1]
+    assert not plan(CONFIG, HOSTED, batch=2, tokens=1000, memory=2**33, host_memory=2**10, dtype=jnp.float32).fits
+    hosted = vj.TailorKV(roles=("sparse", "sparse"), recent=5, block=8)  # nothing grows on the device
+    assert of(hosted, memory=2**33).most_tokens == CONFIG.max_position
+
+
 def test_weights_that_do_not_fit_leave_no_tokens():
     counted = of(vj.FullPrecision(), memory=RESERVE)
     assert not counted.fits and counted.most_tokens == 0

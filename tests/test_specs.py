@@ -26,6 +26,11 @@ def test_a_name_alone_has_the_defaults():
         ("vecinfer:key=d4b10,value=d8b12", vj.VecInfer(key="d4b10", value="d8b12")),
         ("vecinfer:key=none,transform=none", vj.VecInfer(transform="none")),
         ("vecinfer:interpret=true", vj.VecInfer(interpret=True)),
+        ("tailorkv:roles=quantised+sparse*2,tokens=7", vj.TailorKV(roles=("quantised", "sparse", "sparse"), tokens=7)),
+        (
+            "tailorkv:quantised=vecinfer:bits=1+residual=64,host=vecinfer-4",
+            vj.TailorKV(quantised=vj.VecInfer(bits=1, residual=64), host="vecinfer-4"),
+        ),
     ],
 )
 def test_fields_are_set(text, expected):
@@ -53,6 +58,8 @@ def test_tasks_have_paths_and_several_values():
         ("vecinfer:residual=many", "not a number"),
         ("vecinfer:bits=nan", "not a number"),
         ("vecinfer:residual=1.5", "whole number"),
+        ("tailorkv:quantised=magic", "choose from"),
+        ("tailorkv:roles=lazy", "is no role"),
     ],
 )
 def test_a_mistake_is_one_line(text, message):

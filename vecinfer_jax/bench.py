@@ -290,7 +290,10 @@ def _random_statistics(layer: LayerShape, count: int) -> LayerStatistics:
 
 
 def _filled(caches: Any, tokens: int) -> Any:
-    """The same caches with random content, `tokens` tokens a row; one array at a time is held twice at most."""
+    """The same caches with random content, `tokens` tokens a row; one array at a time is held twice at most.
+
+    What lies in the host's memory stays there.
+    """
 
     def fill(x: jax.Array) -> jax.Array:
         if x.dtype == jnp.uint8:
@@ -305,7 +308,7 @@ def _filled(caches: Any, tokens: int) -> Any:
         if x.dtype == jnp.int32:
             leaves[i] = jnp.full_like(x, tokens)
         elif x.ndim == 4:
-            shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            shape, place = jax.ShapeDtypeStruct(x.shape, x.dtype), x.sharding
             x.delete()
-            leaves[i] = fill(shape)
+            leaves[i] = jax.device_put(fill(shape), place) if place.memory_kind == "pinned_host" else fill(shape)
     return jax.tree.unflatten(structure, leaves)

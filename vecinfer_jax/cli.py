@@ -203,7 +203,7 @@ def bench(
                 print(
                     f"{text:32} B{count} x {length:>8,} tokens  {row.ms_per_step:9.3f} ms/step "
                     f"{row.tokens_per_second:10,.1f} tokens/s  cache {row.cache_bytes['total'] / 2**20:9,.1f} MiB  "
-                    f"{first / row.ms_per_step:5.2f}x"
+                    f"{first / row.ms_per_step:5.2f}x" + _host_memory(row.cache_bytes)
                 )
     if json_out is not None:
         import jax
@@ -230,6 +230,9 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens a sequence.")] = 131072,
     memory: Annotated[float | None, typer.Option(help="Of the device, in GiB; default: this device's.")] = None,
+    host_memory: Annotated[
+        float | None, typer.Option(help="Of the host, in GiB, for caches that lie there; default: no limit.")
+    ] = None,
     dtype: Annotated[str, typer.Option(help="Of weights and windows.")] = "bfloat16",
     json_out: Json = None,
     quiet: Quiet = False,
@@ -259,7 +262,16 @@ def plan(
     rows = []
     for text, method in chosen:
         kind = resolve_dtype(dtype)
-        row = make_plan(config, method, batch=batch, tokens=tokens, memory=limit, device=device, dtype=kind)
+        row = make_plan(
+            config,
+            method,
+            batch=batch,
+            tokens=tokens,
+            memory=limit,
+            device=device,
+            dtype=kind,
+            host_memory=None if host_memory is None else int(host_memory * 2**30),
+        )
         rows.append({"name": text} | dataclasses.asdict(row))
         if json_out is None or str(json_out) != "-":
             print(
@@ -267,6 +279,7 @@ def plan(
                 f"cache {row.cache_bytes['total'] / 2**30:8.2f} GiB  {'fits' if row.fits else 'does NOT fit':12} "
                 f"at most {row.most_tokens:>12,} tokens a sequence"
                 + (f"  {row.ms_per_step:8.2f} ms a step" if row.ms_per_step is not None else "")
+                + _host_memory(row.cache_bytes)
             )
     if json_out is not None:
         name = None if device is None else device.name
@@ -286,13 +299,17 @@ def calibrate(
     scope: Scope = None,
     dtype: Dtype = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text; default: Wikipedia paragraphs, fetched.")] = None,
-    passages: Annotated[int, typer.Option(help="Passages to run the model over.")] = PASSAGES,
-    passage_length: Annotated[int, typer.Option(help="Tokens a passage.")] = PASSAGE_LENGTH,
+    passages: Annotated[
+        int | None, typer.Option(help=f"Passages to run the model over; default: {PASSAGES}, or as the method asks.")
+    ] = None,
+    passage_length: Annotated[
+        int | None, typer.Option(help=f"Tokens a passage; default: {PASSAGE_LENGTH}, or as the method asks.")
+    ] = None,
     samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
     seed: Annotated[int, typer.Option(help="The same seed gives the same artefact.")] = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Fit a method's codebooks to a model and save them."""
+    """Fit a method's codebooks, or find its layers' roles, and save them."""
     from vecinfer_jax import models
     from vecinfer_jax.calibration import collect
     from vecinfer_jax.calibration.artefact import check_destination
@@ -312,6 +329,10 @@ def calibrate(
         seed=seed,
         progress=not quiet,
     )
+    found = made.metadata.get("findings", {})
+    for index, values in enumerate(zip(*found.values(), strict=True)):
+        shown = "  ".join(f"{name.replace('_', ' ')} {value}" for name, value in zip(found, values, strict=True))
+        print(f"layer {index:3}  {shown}")
     print(made.save(output))
 
 
@@ -640,6 +661,11 @@ def _run_task(
         print(f"bits per element  {result.bits_per_element:g}")
     if json_out is not None:
         _write_json(json_out, {"model": lm.name, "method": repr(method), **dataclasses.asdict(result)})
+
+
+def _host_memory(cache_bytes: dict[str, int]) -> str:
+    """What a cache takes of the host's memory, where it does."""
+    return f"  host {cache_bytes['host'] / 2**30:8.2f} GiB" if cache_bytes["host"] else ""
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

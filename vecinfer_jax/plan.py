@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections import Counter
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -28,9 +29,11 @@ class Plan:
     """Bytes of decoding `batch` sequences of up to `tokens` tokens.
 
     weights_bytes: of the model, and of the copies that a method with transformed values makes.
-    cache_bytes: by kind, as the caches allocate them. bits_per_element: true bits of a coded element, mean of layers.
-    memory:      of the device; fits: whether weights, caches and `RESERVE` do.
-    most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not.
+    cache_bytes: by kind, as the caches allocate them; the total is the device's, "host" is beside it.
+    bits_per_element: true bits of a coded element, mean of layers.
+    memory:      of the device; fits: whether weights, caches and `RESERVE` do, and the host's part where that is given.
+    most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not, the model's longest
+                 where the caches do not grow in the memory that is limited.
     ms_per_step: predicted milliseconds of a decoding step; None without a device, for caches and dtypes that were not
                  measured on it, and where it does not fit.
     """
@@ -56,27 +59,36 @@ def plan(
     memory: int,
     device: Device | None = None,
     dtype: Any = jnp.bfloat16,
+    host_memory: int | None = None,
 ) -> Plan:
     """Counts what a model, its cache and a step need, and predicts a step's time on a measured device.
 
+    `host_memory` limits the bytes of caches that lie in the host's memory; None: no limit.
+
     Raises `InputError` for numbers below 1.
     """
-    for name, value in (("batch", batch), ("tokens", tokens), ("memory", memory)):
-        if value < 1:
+    wanted = {"batch": batch, "tokens": tokens, "memory": memory, "host_memory": host_memory}
+    for name, value in wanted.items():
+        if value is not None and value < 1:
             raise InputError(f"{name}={value} must be 1 or more")
     n = config.num_layers
     copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
     weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
     held = cache_bytes(config, method, batch, tokens, dtype)
     free = memory - weights - RESERVE
+    limits = {"total": free} | ({} if host_memory is None else {"host": host_memory})
     # Allocated bytes grow linearly beyond the window.
     base = 2**16
-    low, high = (cache_bytes(config, method, batch, n, dtype)["total"] for n in (base, 2 * base))
-    each = (high - low) / base
-    most = base + (free - low) / each
-    most = max(0, int(most) // CAPACITY_STEP * CAPACITY_STEP)
+    low, high = (cache_bytes(config, method, batch, n, dtype) for n in (base, 2 * base))
+    each = {kind: (high[kind] - low[kind]) / base for kind in limits}
+    room = [base + (limit - low[kind]) / each[kind] for kind, limit in limits.items() if each[kind]]
+    most = max(0, int(min(room, default=0)) // CAPACITY_STEP * CAPACITY_STEP)
+    if not room and _within(low, limits):  # nothing grows
+        most_tokens = config.max_position
+    else:
+        most_tokens = most if most >= base else _search(config, method, batch, dtype, limits, base)
     layers = range(config.num_layers)
-    fits = held["total"] <= free
+    fits = _within(held, limits)
     measured = device is not None and jnp.dtype(dtype).itemsize == 2
     bits = [method.for_layer(i, len(layers)).bits_per_element(layer_shape(config, i, dtype)) for i in layers]
     return Plan(
@@ -88,7 +100,7 @@ def plan(
         bits_per_element=sum(bits) / len(bits),
         memory=memory,
         fits=fits,
-        most_tokens=most if most >= base else _search(config, method, batch, dtype, free, base),
+        most_tokens=most_tokens,
         ms_per_step=milliseconds(config, method, batch, tokens, device) if measured and device and fits else None,
     )
 
@@ -151,12 +163,18 @@ def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: in
     return allocated_bytes(jax.eval_shape(init))
 
 
-def _search(config: ModelConfig, method: CacheMethod, batch: int, dtype: Any, free: int, above: int) -> int:
+def _within(held: Mapping[str, int], limits: Mapping[str, int]) -> bool:
+    return all(held[kind] <= limit for kind, limit in limits.items())
+
+
+def _search(
+    config: ModelConfig, method: CacheMethod, batch: int, dtype: Any, limits: Mapping[str, int], above: int
+) -> int:
     """The most tokens below `above` that fit, where windows make up much of a cache."""
     low, high = 0, above // CAPACITY_STEP
     while low + 1 < high:
         middle = (low + high) // 2
-        fits = cache_bytes(config, method, batch, middle * CAPACITY_STEP, dtype)["total"] <= free
+        fits = _within(cache_bytes(config, method, batch, middle * CAPACITY_STEP, dtype), limits)
         low, high = (middle, high) if fits else (low, middle)
     return low * CAPACITY_STEP
 

@@ -10,7 +10,8 @@ from vecinfer_jax.errors import InputError
 
 
 def parse[T](text: str, table: Mapping[str, type[T]], what: str, **defaults: Any) -> T:
-    """Makes what "name" or "name:field=value,field=value" says; several values of a field are joined by "+".
+    """Makes what "name" or "name:field=value,field=value" says; several values of a field are joined by "+",
+    and so are the settings of a method within a method: "tailorkv:quantised=vecinfer:bits=2+residual=64".
 
     `defaults` are settings from elsewhere (None: not given), which the text overrules. Raises `InputError` where the
     name or a field is unknown, a field is given twice or a value is not of its kind.
@@ -32,11 +33,20 @@ def parse[T](text: str, table: Mapping[str, type[T]], what: str, **defaults: Any
         if key not in fields:
             shown = f"--{key.replace('_', '-')}" if key in defaults and key not in given else key
             raise InputError(f"{what} {name!r} has no {shown}: it has {', '.join(fields) or 'no settings'}")
-    values = {key: _value(fields[key], value) for key, value in settings.items()}
+    values = {
+        key: parse(value.replace("+", ","), table, what)
+        if _is_method(fields[key], value)
+        else _value(fields[key], value)
+        for key, value in settings.items()
+    }
     missing = [f.name for f in fields.values() if _required(f) and f.name not in values]
     if missing:
         raise InputError(f"{what} {name!r} needs {missing[0]}=...")
     return table[name](**values)
+
+
+def _is_method(field: Any, value: Any) -> bool:
+    return "CacheMethod" in str(field.type) and isinstance(value, str)
 
 
 def _required(field: Any) -> bool:

@@ -8,11 +8,12 @@ from vecinfer_jax.caches.kivi import KIVI
 from vecinfer_jax.caches.kvquant import KVQuant
 from vecinfer_jax.caches.per_layer import PerLayer
 from vecinfer_jax.caches.plain_vq import PlainVQ
+from vecinfer_jax.caches.tailorkv import TailorKV
 from vecinfer_jax.caches.vecinfer import VecInfer
 
 # Names on the command line.
 METHODS: dict[str, type[CacheMethod]] = {
-    method.name: method for method in (FullPrecision, VecInfer, KVQuant, KIVI, PlainVQ, HadamardInt)
+    method.name: method for method in (FullPrecision, VecInfer, KVQuant, TailorKV, KIVI, PlainVQ, HadamardInt)
 }
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "MeshAxes",
     "PerLayer",
     "PlainVQ",
+    "TailorKV",
     "VecInfer",
     "allocated_bytes",
 ]

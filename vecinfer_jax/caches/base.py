@@ -86,7 +86,7 @@ class Chunk:
     read: ReadMode = struct.field(pytree_node=False, default="exact")
 
 
-def array_field(kind: Literal["codes", "codebooks", "window", "state"], **kwargs: Any) -> Any:
+def array_field(kind: Literal["codes", "codebooks", "window", "state", "host"], **kwargs: Any) -> Any:
     """A field of a layer cache, labelled with what its bytes are spent on (see `allocated_bytes`)."""
     return struct.field(metadata={"bytes": kind}, **kwargs)
 
@@ -170,9 +170,31 @@ class CacheMethod(abc.ABC):
         return v_kernel, v_bias, o_kernel
 
     def wanted_statistics(self) -> frozenset[str]:
-        """What calibration wants beside what is always collected: "weights", "windows" and "gradients" of
+        """What calibration wants beside what is always collected: "weights", "windows", "gradients" and "shares" of
         `LayerStatistics`."""
         return frozenset()
+
+    @property
+    def calibration_text(self) -> tuple[int, int] | None:
+        """Passages, and tokens of one, that this method is calibrated on unless it is said otherwise."""
+        return None
+
+    def survey(self, statistics: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
+        """Arrays of every layer by which `resolved` decides, found before any layer is calibrated."""
+        return [{} for _ in statistics]
+
+    def resolved(self, layers: Sequence[Mapping[str, Any]]) -> "CacheMethod":
+        """The method with everything fixed that its calibration (the arrays of every layer) decides.
+
+        A method is static under `jit`: what runs a model asks for this before it compiles anything.
+        """
+        del layers
+        return self
+
+    def findings(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        """What a calibration found, one entry a layer, for people; kept in the artefact's metadata."""
+        del layers
+        return {}
 
     @property
     def refines_model(self) -> bool:
@@ -208,9 +230,10 @@ class CacheMethod(abc.ABC):
 def allocated_bytes(cache: Any) -> dict[str, int]:
     """Bytes of a cache (one layer's, or any pytree of layer caches) by what they are spent on.
 
-    Works on arrays and on `jax.ShapeDtypeStruct`s alike. Keys: codes, codebooks, window, state, total.
+    Works on arrays and on `jax.ShapeDtypeStruct`s alike. Keys: codes, codebooks, window, state and their total, which
+    is what the device holds; host, what lies in pinned memory of the host beside it.
     """
-    sizes = {"codes": 0, "codebooks": 0, "window": 0, "state": 0}
+    sizes = {"codes": 0, "codebooks": 0, "window": 0, "state": 0, "host": 0}
 
     def visit(node: Any) -> None:
         if dataclasses.is_dataclass(node) and not isinstance(node, type):
@@ -230,5 +253,5 @@ def allocated_bytes(cache: Any) -> dict[str, int]:
                 visit(child)
 
     visit(cache)
-    sizes["total"] = sum(sizes.values())
+    sizes["total"] = sum(size for kind, size in sizes.items() if kind != "host")
     return sizes

@@ -15,7 +15,7 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, UInt8
 
-from pallas_kernels import dispatch, hadamard, vq_append, vq_decode_attention, vq_encode
+from pallas_kernels import ExactTokens, dispatch, hadamard, vq_append, vq_decode_attention, vq_encode
 from pallas_kernels.exact import product
 from pallas_kernels.vq_decode_attention.queries import transform_queries
 from pallas_kernels.vq_decode_attention.reference import dequantise
@@ -225,13 +225,21 @@ class VecInfer(VectorQuantisedMethod):
         slots: Int[Array, "B T"],
         layer: LayerShape,
     ) -> VecInferStore:
-        how = self._how("vq_encode")
-        key_codes = vq_encode(k, store.key_codebook, **self._key_transform(store), **how)
-        value_codes = vq_encode(v, store.value_codebook, **how)
+        key_codes, value_codes = self.encode(store, k, v)
         return dataclasses.replace(
             store,
             key_codes=write_chunk(store.key_codes, key_codes.swapaxes(1, 2), slots),
             value_codes=write_chunk(store.value_codes, value_codes.swapaxes(1, 2), slots),
+        )
+
+    def encode(
+        self, store: VecInferStore, k: Float[Array, "B T Hkv D"], v: Float[Array, "B T Hkv D"]
+    ) -> tuple[UInt8[Array, "B Hkv T kbytes"], UInt8[Array, "B Hkv T vbytes"]]:
+        """Codes of keys (after RoPE) and values."""
+        how = self._how("vq_encode")
+        return (
+            vq_encode(k, store.key_codebook, **self._key_transform(store), **how),
+            vq_encode(v, store.value_codebook, **how),
         )
 
     def push_token(
@@ -287,7 +295,18 @@ class VecInfer(VectorQuantisedMethod):
     def attend_cache(
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
     ) -> Float[Array, "B Hq D"]:
-        store = cache.store
+        count = self.coded_count(cache.lengths)
+        return self.attend_codes(q, cache.store, count, self.exact_tokens(cache), layer)
+
+    def attend_codes(
+        self,
+        q: Float[Array, "B Hq D"],
+        store: VecInferStore,
+        count: Int[Array, "B"],
+        exact: Sequence[ExactTokens],
+        layer: LayerShape,
+    ) -> Float[Array, "B Hq D"]:
+        """One query (after RoPE) a sequence over its first count[b] codes and the exact tokens."""
         fused = self.fuses_queries
         return vq_decode_attention(
             q if fused else self.transform_query(q, store),
@@ -295,12 +314,12 @@ class VecInfer(VectorQuantisedMethod):
             store.value_codes,
             store.key_codebook,
             store.value_codebook,
-            self.coded_count(cache.lengths).astype(jnp.int32),
+            count.astype(jnp.int32),
             scale=layer.scale,
             query_scale=store.smooth if fused and self.smooths else None,
             query_hadamard=fused and self.rotates,
             query_map=store.query_map,
-            exact=self.exact_tokens(cache),
+            exact=exact,
             exact_q=q,
             out_dtype=q.dtype,
             **self._how("vq_decode_attention"),

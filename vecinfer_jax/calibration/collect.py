@@ -49,8 +49,8 @@ def calibrate(
     method: CacheMethod,
     texts: Iterable[str] | None = None,
     *,
-    passages: int = PASSAGES,
-    passage_length: int = PASSAGE_LENGTH,
+    passages: int | None = None,
+    passage_length: int | None = None,
     samples: int = SAMPLES,
     batch: int = 4,
     seed: int = 0,
@@ -63,7 +63,8 @@ def calibrate(
         method: what to calibrate; methods that need nothing get an empty calibration.
         texts: documents, streamed and joined until `passages` are full; default: Wikipedia paragraphs in random
             order (see `vecinfer_jax.assets`).
-        passages, passage_length: how many passages of how many tokens (VecInfer, section 4.1: 256 of 512).
+        passages, passage_length: how many passages of how many tokens (VecInfer, section 4.1: 256 of 512); default: 64
+            of 512, or what the method asks for.
         samples: tokens, drawn from all of them, whose keys and values are kept of each layer to fit codebooks to. More
             are better and take memory: what is rare, such as the first tokens of passages, is then drawn more often.
         batch: passages run at a time.
@@ -73,11 +74,12 @@ def calibrate(
     Raises:
         CalibrationError: the text is empty or too short, or an activation is not finite.
     """
+    text = text_of(lm, method)
     activations = collect(
         lm,
         texts,
-        passages=passages,
-        passage_length=passage_length,
+        passages=text[0] if passages is None else passages,
+        passage_length=text[1] if passage_length is None else passage_length,
         samples=samples,
         batch=batch,
         seed=seed,
@@ -85,6 +87,12 @@ def calibrate(
         progress=progress,
     )
     return fit(lm, method, activations, progress=progress)
+
+
+def text_of(lm: LanguageModel, method: CacheMethod) -> tuple[int, int]:
+    """Passages, and tokens of one, that a method is calibrated on unless it is said otherwise."""
+    passages, length = method.calibration_text or (PASSAGES, PASSAGE_LENGTH)
+    return passages, min(length, lm.config.max_position)
 
 
 def collect(
@@ -143,6 +151,7 @@ def collect(
         length=passage_length,
         progress=progress,
         gradients="gradients" in wanted,
+        shares="shares" in wanted,
     )
     metadata = {
         "model": {"name": lm.name, "fingerprint": lm.fingerprint},
@@ -169,12 +178,14 @@ def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, pro
         )
     seed, statistics, n = activations.metadata["seed"], activations.statistics, lm.config.num_layers
     shapes = [layer_shape(lm.config, index, lm.dtype) for index in range(n)]
+    key, surveyed = method.calibration_key(), method.survey(statistics)
+    unresolved, method = method, method.resolved(surveyed)
     methods = [method.for_layer(index, n) for index in range(n)]
     shared = {}
     keys = [json.dumps(one.calibration_key(), sort_keys=True) for one in methods]  # a window needs no calibration
-    for key in dict.fromkeys(keys):
-        served = [index for index, other in enumerate(keys) if other == key]
-        shared[key] = methods[served[0]].shared_calibration(
+    for each in dict.fromkeys(keys):
+        served = [index for index, other in enumerate(keys) if other == each]
+        shared[each] = methods[served[0]].shared_calibration(
             [shapes[i] for i in served],
             [statistics[i] for i in served],
             seed=(seed * 1_000_003 + 500_000 + served[0]) % 2**31,
@@ -191,10 +202,11 @@ def fit(lm: LanguageModel, method: CacheMethod, activations: Activations, *, pro
         for field, array in fitted.items():
             if not np.all(np.isfinite(array)):
                 raise CalibrationError(f"layer {index}: {field} came out not finite; is the model's output finite?")
-        layers.append(fitted)
+        layers.append({**surveyed[index], **fitted})
     if any(one.refines_model for one in methods):
         layers = _refined(lm, method, methods, layers, activations, progress)
-    return Calibration(tuple(layers), {**activations.metadata, "method": method.calibration_key()})
+    found = unresolved.findings(layers)
+    return Calibration(tuple(layers), {**activations.metadata, "method": key, **({"findings": found} if found else {})})
 
 
 def _refined(
@@ -230,12 +242,13 @@ def collect_statistics(
     weights: bool = False,
     windows: int = 0,
     length: int = 0,
+    shares: bool = False,
 ) -> tuple[int, list[LayerStatistics]]:
     """Runs the model over at most `passages` passages of tokens -> (how many, statistics per layer).
 
-    weights, windows, length: what `Statistics` keeps beside.
+    weights, windows, length, shares: what `Statistics` keeps beside.
     """
-    model = Layerwise(lm, Statistics(samples, seed, weights, windows, length if windows else 0))
+    model = Layerwise(lm, Statistics(samples, seed, weights, windows, length if windows else 0, shares))
     caches = model.init(batch, 0)
     fisher = GradientSampler(lm, samples, seed) if gradients else None
     source = itertools.islice(iter(passages_in), passages)

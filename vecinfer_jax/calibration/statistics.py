@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 from pallas_kernels import hadamard
 from vecinfer_jax.caches.attention import MASKED, QUERY_BLOCK, causal_attention, combine, scores
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.calibration.roles import SHARES, attention_shares
 from vecinfer_jax.rope import apply_rope
 
 # Queries of a passage that are kept with it.
@@ -54,6 +55,8 @@ class LayerStatistics:
     key_weights:           [n, Hkv], how much the sampled keys' errors count (`attention_received`), if collected.
     value_weights:         [n, Hkv], the same of the values.
     windows:               the first passages as a whole, if collected.
+    attention_shares:      [100], attention to the most attended i + 1 percent of tokens, summed over `share_queries`
+        queries and heads at passages' ends (`vecinfer_jax.calibration.roles`), if collected.
     """
 
     count: Int[Array, ""] = array_field("state")
@@ -71,6 +74,8 @@ class LayerStatistics:
     key_weights: Float32[Array, "n Hkv"] | None = array_field("state", default=None)
     value_weights: Float32[Array, "n Hkv"] | None = array_field("state", default=None)
     windows: Windows | None = array_field("state", default=None)
+    attention_shares: Float32[Array, "shares"] | None = array_field("state", default=None)
+    share_queries: Int[Array, ""] | None = array_field("state", default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +83,7 @@ class Statistics(CacheMethod):
     """samples: tokens kept per layer; seed: of which ones (the same tokens in every layer).
 
     weights: also keep how much attention the sampled tokens receive; windows: also keep so many whole passages of up to
-    `length` tokens.
+    `length` tokens; shares: also keep how much attention goes to the most attended tokens.
     """
 
     samples: int
@@ -86,6 +91,7 @@ class Statistics(CacheMethod):
     weights: bool = False
     windows: int = 0
     length: int = 0
+    shares: bool = False
     name: ClassVar[str] = "statistics"
 
     def init(
@@ -117,6 +123,8 @@ class Statistics(CacheMethod):
             key_weights=weights,
             value_weights=None if weights is None else weights + 0,
             windows=windows,
+            attention_shares=jnp.zeros((SHARES,), jnp.float32) if self.shares else None,
+            share_queries=jnp.int32(0) if self.shares else None,
         )
 
     def prefill(
@@ -152,6 +160,10 @@ class Statistics(CacheMethod):
         windows = cache.windows
         if windows is not None:
             windows = self._kept(windows, q, k, v, chunk.lengths, cache.draws)
+        shares, share_queries = cache.attention_shares, cache.share_queries
+        if shares is not None and share_queries is not None:
+            here, queries = attention_shares(q, k, chunk.lengths, chunk.layer.scale)
+            shares, share_queries = shares + here, share_queries + queries
 
         return out, LayerStatistics(
             count=cache.count + jnp.sum(counts),
@@ -167,6 +179,8 @@ class Statistics(CacheMethod):
             key_weights=key_weights,
             value_weights=value_weights,
             windows=windows,
+            attention_shares=shares,
+            share_queries=share_queries,
         )
 
     def _kept(

@@ -10,12 +10,9 @@ from pathlib import Path
 from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
-from vecinfer_jax.calibration.collect import PASSAGE_LENGTH, PASSAGES, SAMPLES, calibrate
+from vecinfer_jax.calibration.collect import SAMPLES, calibrate, text_of
 from vecinfer_jax.errors import CalibrationError, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
-
-# What artefacts of different seeds have in common that can be compared.
-SEEDED = {"seed": 0, "passages": PASSAGES, "passage_length": PASSAGE_LENGTH, "samples": SAMPLES}
 
 
 def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMethod | None = None) -> Calibration:
@@ -70,10 +67,13 @@ def find_calibration(lm: LanguageModel, method: CacheMethod, seed: int | None = 
     """
     key = method.calibration_key()
     kept = kept_directory(lm, method, seed)
+    # What artefacts of different seeds have in common that can be compared.
+    passages, length = text_of(lm, method)
+    default = {"seed": seed, "passages": passages, "passage_length": length, "samples": SAMPLES}
     for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
-            seeded = seed is None or {key: metadata.get(key) for key in SEEDED} == SEEDED | {"seed": seed}
+            seeded = seed is None or {name: metadata.get(name) for name in default} == default
             if metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key and seeded:
                 return load_calibration(directory, lm, method)
         except CalibrationError as error:

@@ -7,6 +7,7 @@ from vecinfer_jax.evaluation.gsm8k import GSM8K
 from vecinfer_jax.evaluation.needle import Needle
 from vecinfer_jax.evaluation.perplexity import PerplexityResult, perplexity
 from vecinfer_jax.evaluation.ruler import Ruler
+from vecinfer_jax.evaluation.selection import SelectionResult, selection_recall
 
 __all__ = [
     "GSM8K",
@@ -16,9 +17,11 @@ __all__ = [
     "Needle",
     "PerplexityResult",
     "Ruler",
+    "SelectionResult",
     "Task",
     "TaskResult",
     "answer",
     "code_error",
     "perplexity",
+    "selection_recall",
 ]

@@ -112,13 +112,14 @@ def code_error(
     Of methods that group keys along tokens: of the tokens in whole groups. Raises `InputError` where there are none.
     """
     n = lm.config.num_layers
+    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    method = method.resolved(calibration.layers)
     methods = [method.for_layer(i, n) for i in range(n)]
     groups = [(getattr(one, "sink", 0), getattr(one, "token_group", 1)) for one in methods]
     if windows.shape[1] < max(map(sum, groups)):
         sink, group = max(groups, key=sum)
         what = f"whole group of {group}" + (f" after {sink} first ones" if sink else "")
         raise InputError(f"windows of {windows.shape[1]} tokens hold no {what}: make them longer")
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
     totals = np.zeros((n, 4), np.float64)
     totals[:, [1, 3]] = 1e-30
     outliers = np.zeros(2, np.int64)

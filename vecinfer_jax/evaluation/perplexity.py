@@ -110,7 +110,7 @@ def perplexity(
         full_perplexity=math.exp(full_nll),
         kl=float(kl),
         top1_agreement=float(agree),
-        bits_per_element=bits_per_element(lm, method),
+        bits_per_element=bits_per_element(lm, ours.method),
         windows=len(texts),
         length=length,
         predictions=predictions,

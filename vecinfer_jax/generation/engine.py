@@ -15,13 +15,15 @@ import numpy as np
 from flax import struct
 from jaxtyping import Array, Bool, Float32, Int
 
-from vecinfer_jax.caches.base import CacheMethod, ReadMode
+from vecinfer_jax.caches.base import CacheMethod, ReadMode, allocated_bytes
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.generation.sampling import SamplingSettings, sample
 from vecinfer_jax.models.decoder import Decoder
 
 CAPACITY_STEP = 128
 SMALLEST_BUCKET = 32
+# The environment variable that says how many GiB of the host's memory XLA may pin for a GPU (default 64).
+HOST_LIMIT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 
 
 @struct.dataclass
@@ -105,8 +107,11 @@ class Engine:
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "allocate" not in str(error):
                 raise
+            held = allocated_bytes(jax.eval_shape(init, calibration))
+            host = f" or the host's pinned memory ({held['host'] / 2**30:,.1f} GiB)" if held["host"] else ""
             raise CapacityError(
-                f"a cache of {batch} x {capacity} tokens does not fit the device's memory: lower the batch or capacity"
+                f"a cache of {batch} x {capacity} tokens does not fit the device's memory{host}: lower the batch or "
+                "capacity" + (f", or raise {HOST_LIMIT}" if host else "")
             ) from None
 
     def prefill(

@@ -331,6 +331,7 @@ def _prefill(
     if any(not 0 <= token < lm.config.vocab_size for token in stop_ids):
         raise InputError(f"a stop token id is outside the vocabulary of {lm.config.vocab_size}")
     calibration = resolve_calibration(lm, method, options.calibration, progress=options.progress)
+    method = method.resolved(calibration.layers)
     rows = max(batch_size or 0, len(encoded))
     width = min(bucket(longest), capacity)
     tokens = np.zeros((rows, width), np.int32)

@@ -31,6 +31,8 @@ class Layerwise:
     def __init__(self, lm: Any, method: CacheMethod | None = None, calibration: Calibration | None = None) -> None:
         self.lm = lm
         self.method = method or FullPrecision()
+        if calibration is not None:
+            self.method = self.method.resolved(calibration.layers)
         n = lm.config.num_layers
         self._methods = [self.method.for_layer(i, n) for i in range(n)]
         self._calibration = [None] * n if calibration is None else [layer or None for layer in calibration.layers]

@@ -1,0 +1,147 @@
+"""Decoding steps of Llama-3.1-8B's shapes with caches in the host's memory, beside one on the device.
+
+    python benchmarks/offload.py [--output FILE] [--rows 0 1 ...] [--tokens 131072] [--profile]
+
+Random weights in bfloat16, one sequence. Peers in the same run: full precision on the device, and plain offload of whole
+layers, which copies every layer's keys and values to the device in every step. Beside each time stand the bytes that a
+step fetches over the bus and how long they take at the speed of a copy, measured in the same run.
+"""
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any, ClassVar
+
+import jax
+import jax.numpy as jnp
+import results
+from jaxtyping import Array, Float
+
+import vecinfer_jax as vj
+from vecinfer_jax.bench import SHAPES, StepBench
+from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache, _decode_attention, _write
+from vecinfer_jax.caches.host_tier import on_device, on_host, write_slots
+from vecinfer_jax.rope import apply_rope
+from flax import struct
+
+SHAPE = "llama-3.1-8b"
+COPIED = 2**30
+
+
+@struct.dataclass
+class OffloadedCache(FullPrecisionCache):
+    """A layer's keys and values on the host."""
+
+    keys: Float[Array, "B S Hkv D"] = array_field("host")
+    values: Float[Array, "B S Hkv D"] = array_field("host")
+
+
+@dataclasses.dataclass(frozen=True)
+class Offload(FullPrecision):
+    """Whole-layer offload: a step copies all of a layer to the device, attends, and writes its token to the host."""
+
+    name: ClassVar[str] = "offload"
+
+    def init(
+        self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None
+    ) -> OffloadedCache:
+        cache = super().init(layer, batch, capacity, calibration)
+        return OffloadedCache(on_host(cache.keys), on_host(cache.values), cache.lengths)
+
+    def decode(
+        self,
+        q: Float[Array, "B Hq D"],
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        chunk: Chunk,
+        cache: OffloadedCache,
+    ) -> tuple[Float[Array, "B Hq D"], OffloadedCache]:
+        cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        at, one = chunk.positions[:, 0], jnp.ones((q.shape[0],), jnp.int32)
+        here = [_write(on_device(held), x[:, None], at[:, None]) for held, x in ((cache.keys, k), (cache.values, v))]
+        out = _decode_attention(q, *here, at + 1, chunk.layer.scale)
+        keys, values = (
+            write_slots(held.swapaxes(1, 2), x[:, :, None], at, one, axis=2).swapaxes(1, 2)
+            for held, x in ((cache.keys, k), (cache.values, v))
+        )
+        return out, OffloadedCache(keys, values, at + 1)
+
+
+def methods() -> dict[str, CacheMethod]:
+    roles = ("quantised", "sparse*31")
+    return {
+        "full": vj.FullPrecision(),
+        "offload": Offload(),
+        "tailorkv:bits=1": vj.TailorKV(bits=1, roles=roles),
+        "tailorkv:bits=2": vj.TailorKV(bits=2, roles=roles),
+        "tailorkv:bits=1,long": vj.TailorKV.long_context(bits=1, roles=roles),
+        "tailorkv:vecinfer": vj.TailorKV(quantised=vj.VecInfer(bits=2), roles=roles),
+    }
+
+
+def copy_speed() -> float:
+    """Bytes a second from pinned host memory to the device, by one large copy."""
+    held = jax.jit(lambda: on_host(jnp.zeros(COPIED, jnp.uint8)))()
+    copy = jax.jit(on_device)
+    jax.block_until_ready(copy(held))
+    times = []
+    for _ in range(5):
+        begin = time.perf_counter()
+        jax.block_until_ready(copy(held))
+        times.append(time.perf_counter() - begin)
+    return COPIED / sorted(times)[2]
+
+
+def fetched_bytes(method: CacheMethod, tokens: int) -> int:
+    """What one step must fetch from the host."""
+    config = SHAPES[SHAPE]
+    token = 2 * config.num_kv_heads * config.head_dim * 2
+    if isinstance(method, Offload):
+        return config.num_layers * tokens * token
+    if not isinstance(method, vj.TailorKV):
+        return 0
+    sparse = [method.for_layer(i, config.num_layers) for i in range(config.num_layers)]
+    sparse = [layer for layer in sparse if layer.name == "sparse"]
+    return sum(
+        config.num_kv_heads * layer.channels * tokens * 2 + min(layer.tokens, tokens) * token for layer in sparse
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, help="default: results/<device>/offload-llama-3.1-8b.json")
+    parser.add_argument("--rows", type=int, nargs="*", help="which methods, by number")
+    parser.add_argument("--tokens", type=int, default=131072)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--profile", action="store_true", help="what the device does in a step, instead of its time")
+    args = parser.parse_args()
+    bench, speed = StepBench(SHAPES[SHAPE]), copy_speed()
+    path = args.output or results.ROOT / results.device_name() / f"offload-{SHAPE}.json"
+    held = json.loads(path.read_text())["rows"] if path.exists() else []
+    chosen = list(methods().items())
+    for index in args.rows if args.rows is not None else range(len(chosen)):
+        name, method = chosen[index]
+        fetched = fetched_bytes(method, args.tokens)
+        row: dict[str, Any] = {"name": name, "batch": 1, "tokens": args.tokens}
+        if args.profile:
+            row |= {"profile": dataclasses.asdict(bench.profile(method, 1, args.tokens))}
+        else:
+            row |= dataclasses.asdict(bench.step(method, 1, args.tokens, repeats=args.repeats))
+        row |= {"copy_gb_per_s": round(speed / 1e9, 2), "fetched_bytes": fetched}
+        row |= {"link_floor_ms": round(fetched / speed * 1e3, 3)}
+        print(json.dumps(row), flush=True)
+        held = [old for old in held if identity(old) != identity(row)] + [row]
+        results.write(f"offload-{SHAPE}", {"rows": held}, path)
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is a measurement of."""
+    return row["name"], row["batch"], row["tokens"], "profile" in row
+
+
+if __name__ == "__main__":
+    main()
