@@ -242,7 +242,8 @@ class VecInfer(VectorQuantisedMethod):
         at: Int[Array, "B"],
         layer: LayerShape,
     ) -> WindowedCache:
-        store = cache.store
+        store, dealt = cache.store, self.stripes(layer)
+        slots = None if dealt.axis is None else dealt.place(at - self.residual - self.sink).astype(jnp.int32)
         ring_keys, ring_values, key_codes, value_codes, *sinks = vq_append(
             k,
             v,
@@ -255,6 +256,7 @@ class VecInfer(VectorQuantisedMethod):
             store.value_codebook,
             sink=self.sink,
             sinks=(cache.sink_keys, cache.sink_values),
+            slots=slots,
             **self._key_transform(store),
             **self._how("vq_append"),
         )
@@ -285,8 +287,8 @@ class VecInfer(VectorQuantisedMethod):
         return self.restore_key(keys, store).astype(layer.dtype), values.astype(layer.dtype)
 
     def attend_cache(
-        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         store = cache.store
         fused = self.fuses_queries
         return vq_decode_attention(
@@ -295,16 +297,16 @@ class VecInfer(VectorQuantisedMethod):
             store.value_codes,
             store.key_codebook,
             store.value_codebook,
-            self.coded_count(cache.lengths).astype(jnp.int32),
+            self.held(cache, layer),
             scale=layer.scale,
             query_scale=store.smooth if fused and self.smooths else None,
             query_hadamard=fused and self.rotates,
             query_map=store.query_map,
-            exact=self.exact_tokens(cache),
+            exact=self.exact_tokens(cache, layer),
             exact_q=q,
-            out_dtype=q.dtype,
+            out_dtype=dtype,
             **self._how("vq_decode_attention"),
-        )[0]
+        )
 
     # -- calibration (section 4.1)
 
