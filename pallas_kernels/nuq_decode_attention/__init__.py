@@ -102,8 +102,8 @@ def nuq_decode_attention(
     negative = min(np.ravel(first_position)) < 0 or tile_stride < 1
     if negative or isinstance(first_position, int) != (shard is None):
         raise ValueError(
-            f"{_NAME}: first_position={first_position} (one, or with `shard` one for each) and tile_stride={tile_stride} "
-            "cannot be negative"
+            f"{_NAME}: first_position={first_position} (one, or with shard={shard} one for each) and "
+            f"tile_stride={tile_stride} cannot be negative"
         )
     if num_splits is not None and num_splits < 1:
         raise ValueError(f"{_NAME}: num_splits must be at least 1 or None, got {num_splits}")
@@ -115,8 +115,8 @@ def nuq_decode_attention(
         key_outliers, value_outliers, lengths,
         scale=float(scale),
         inverse_frequencies=None if inverse_frequencies is None else tuple(map(float, inverse_frequencies)),
-        first_position=first_position, tile_stride=tile_stride, shard=shard, exact=tuple(exact), exact_q=exact_q, num_splits=num_splits,
-        out_dtype=out_dtype,
+        first_position=first_position, tile_stride=tile_stride, shard=shard, exact=tuple(exact), exact_q=exact_q,
+        num_splits=num_splits, out_dtype=out_dtype,
     )  # fmt: skip
 
 

@@ -94,7 +94,7 @@ def causal_attention(
         parts = zip(jnp.split(q, 2, axis=1), firsts, strict=True)
         return jnp.concatenate([_cudnn_piece(part, k, v, lengths, first, scale) for part, first in parts], axis=1)
     if cudnn_serves(q):
-        return cudnn_attention(q, k, v, lengths, scale, causal=True)[0]
+        return cudnn_attention(q, k, v, lengths, scale, causal=True)
     positions = jnp.arange(k.shape[1])
     readable = positions[None, :] < lengths[:, None]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
@@ -113,21 +113,30 @@ def cudnn_attention(
     v: Float[Array, "B S Hkv D"],
     lengths: Int[Array, "B"],
     scale: float,
-    *,
     causal: bool = False,
-    with_lse: bool = False,
-) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"] | None]:
-    """cuDNN's flash attention over the first `lengths` tokens: output and, if asked for, log-sum-exp."""
-    how: dict[str, Any] = {"scale": scale, "is_causal": causal, "implementation": "cudnn"}
-    if causal:
-        how["query_seq_lengths"] = lengths.astype(jnp.int32)
-    if not with_lse:
-        out = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=lengths.astype(jnp.int32), **how)
-        return out, None
-    # What reads no token at all is undefined.
-    some = jnp.maximum(lengths, 1).astype(jnp.int32)
-    out, lse = jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=some, return_residual=True, **how)
+) -> Float[Array, "B T Hq D"]:
+    """cuDNN's flash attention over the first `lengths` tokens."""
+    return jax.nn.dot_product_attention(q, k, v, **_cudnn(lengths, scale, causal))
+
+
+def partial_cudnn_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    lengths: Int[Array, "B"],
+    scale: float,
+    causal: bool = False,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
+    """The same and the log-sum-exp, ready to be merged."""
+    some = jnp.maximum(lengths, 1)  # what reads no token at all is undefined
+    out, lse = jax.nn.dot_product_attention(q, k, v, return_residual=True, **_cudnn(some, scale, causal))
     return out, jnp.where(lengths[:, None, None] > 0, lse, split_k.EMPTY)
+
+
+def _cudnn(lengths: Int[Array, "B"], scale: float, causal: bool) -> dict[str, Any]:
+    lengths = lengths.astype(jnp.int32)
+    how = {"scale": scale, "is_causal": causal, "key_value_seq_lengths": lengths, "implementation": "cudnn"}
+    return how | ({"query_seq_lengths": lengths} if causal else {})
 
 
 def _cudnn_piece(
@@ -142,8 +151,8 @@ def _cudnn_piece(
     own_k, own_v = (jax.lax.dynamic_slice_in_dim(x, first, q.shape[1], axis=1) for x in (k, v))
     here = jnp.clip(lengths - first, 0, q.shape[1])
     parts = (
-        cudnn_attention(q, k, v, jnp.minimum(lengths, first), scale, with_lse=True),
-        cudnn_attention(q, own_k, own_v, here, scale, causal=True, with_lse=True),
+        partial_cudnn_attention(q, k, v, jnp.minimum(lengths, first), scale),
+        partial_cudnn_attention(q, own_k, own_v, here, scale, causal=True),
     )
     outputs, lses = zip(*parts, strict=True)
     return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))[0].astype(q.dtype)

@@ -16,6 +16,7 @@ from vecinfer_jax.caches.attention import (
     cudnn_attention,
     cudnn_serves,
     partial_attention,
+    partial_cudnn_attention,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.stripes import merged, stripes, whole_prompt
@@ -118,8 +119,9 @@ def _decode_attention(
 ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"] | None]:
     """One token a sequence over the first `lengths` slots: output and, where others are to be merged, log-sum-exp."""
     if cudnn_serves(q):
-        split = layer.axes.context is not None
-        out, lse = cudnn_attention(q[:, None], keys, values, lengths, layer.scale, with_lse=split)
-        return out[:, 0], None if lse is None else lse[:, 0]
+        if layer.axes.context is None:
+            return cudnn_attention(q[:, None], keys, values, lengths, layer.scale)[:, 0], None
+        out, lse = partial_cudnn_attention(q[:, None], keys, values, lengths, layer.scale)
+        return out[:, 0], lse[:, 0]
     valid = jnp.arange(keys.shape[1])[None, :] < lengths[:, None]
     return partial_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), valid, layer.scale)

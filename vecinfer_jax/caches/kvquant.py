@@ -459,8 +459,8 @@ def token_ranges(
 
     The range without the `most` largest and smallest elements is what an outlier must exceed, by `reach` times its
     width. Where the wanted share is not a whole number of outliers a token (0.1% of 192 elements is 0.096 at each end),
-    the reach is calibrated (`outlier_reach`): tokens that have elements far out keep them, and others keep none. `axis`:
-    a mesh axis whose devices hold the tokens' other elements.
+    the reach is calibrated (`outlier_reach`): tokens that have elements far out keep them, and others keep none.
+    `axis`: a mesh axis whose devices hold the tokens' other elements.
     """
     largest, smallest = _extremes(x, most, axis)
     high, low = largest[..., -1:], smallest[..., -1:]

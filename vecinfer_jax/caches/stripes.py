@@ -35,9 +35,9 @@ class Stripes:
     block: int = BLOCK
 
     @property
-    def index(self) -> Int[Array, ""] | int:
+    def index(self) -> Int[Array, ""]:
         """Which of the devices this is."""
-        return 0 if self.axis is None else lax.axis_index(self.axis)
+        return jnp.int32(0) if self.axis is None else lax.axis_index(self.axis)
 
     def whole_turns(self, slots: int) -> int:
         """Slots to allocate for `slots` of them, the same for every device."""

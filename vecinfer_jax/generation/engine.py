@@ -153,7 +153,7 @@ class Engine:
         wanted: np.ndarray,
         max_new_tokens: int,
         settings: SamplingSettings,
-        stops: Int[Array, "n"],
+        stops: Int[np.ndarray, "n"] | Array,
     ) -> DecodeState:
         """Chooses the first token after the prompts."""
         run = functools.partial(_start, self.network, max_new_tokens)
@@ -171,7 +171,12 @@ class Engine:
         )
 
     def decode(
-        self, params: Any, state: DecodeState, until: int, settings: SamplingSettings, stops: Int[Array, "n"]
+        self,
+        params: Any,
+        state: DecodeState,
+        until: int,
+        settings: SamplingSettings,
+        stops: Int[np.ndarray, "n"] | Array,
     ) -> DecodeState:
         """Runs until `until` tokens are chosen or every sequence is done."""
         run = functools.partial(_decode_loop, self.network)
@@ -188,7 +193,9 @@ class Engine:
     def fetch(self, arrays: Any) -> Any:
         """The arrays on the host, whole, whichever devices and processes hold parts of them."""
         whole = self.network.whole(arrays)
-        return jax.tree.map(np.asarray, arrays if whole is None else self._call("fetch", _same, (), arrays, placed=whole))
+        return jax.tree.map(
+            np.asarray, arrays if whole is None else self._call("fetch", _same, (), arrays, placed=whole)
+        )
 
     def _call(
         self, name: Any, function: Callable[..., Any], donate: tuple[int, ...], *args: Any, placed: Any = None

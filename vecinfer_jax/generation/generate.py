@@ -175,7 +175,8 @@ def generate(
             were loaded for it (`load(mesh=)`) stay where they are. The batch is padded to a multiple of its data axis.
 
     Raises:
-        InputError: an empty prompt, an unknown setting, a mesh that does not fit the model. CapacityError: a prompt longer than fits.
+        InputError: an empty prompt, an unknown setting, a mesh that does not fit the model.
+        CapacityError: a prompt longer than fits.
     """
     options = _Options(
         method,

@@ -56,9 +56,7 @@ class Network:
         self, params: Any, token: Int[Array, "B"], position: Int[Array, "B"], caches: Any
     ) -> tuple[Float32[Array, "B V"], Any]:
         """One token a row -> logits, and the caches."""
-        logits, caches = self.decoder.apply(
-            {"params": params}, token[:, None], position[:, None], caches, decode=True
-        )
+        logits, caches = self.decoder.apply({"params": params}, token[:, None], position[:, None], caches, decode=True)
         return logits[:, 0], caches
 
     def settled(self, state: Any) -> Any:

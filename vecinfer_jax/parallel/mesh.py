@@ -7,6 +7,7 @@ may belong to several processes, once `jax.distributed.initialize` has run in ea
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -22,22 +23,7 @@ AXES = ("data", "context", "model")
 SPLIT_FROM = 262144
 
 
-def parse_mesh(text: str) -> dict[str, int]:
-    """"data=1,context=2,model=1" -> sizes of all axes; one left out is 1. Raises `InputError`."""
-    sizes = dict.fromkeys(AXES, 1)
-    for part in filter(None, text.split(",")):
-        name, _, size = part.partition("=")
-        if name.strip() not in AXES:
-            raise InputError(f"a mesh has no axis {name.strip()!r}; its axes are {', '.join(AXES)}")
-        if not size.strip().isdecimal() or int(size) < 1:
-            raise InputError(f"mesh axis {part.strip()!r} needs a whole number of devices, 1 or more, as in context=2")
-        sizes[name.strip()] = int(size)
-    return sizes
-
-
-def make_mesh(
-    data: int = 1, context: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | None = None
-) -> Mesh:
+def make_mesh(data: int = 1, context: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh over the first data * context * model devices (of all processes, unless others are given).
 
     Raises `InputError` where there are fewer.
@@ -50,6 +36,19 @@ def make_mesh(
     if wanted > len(there):
         raise InputError(f"a mesh of {data} x {context} x {model} wants {wanted} devices, there are {len(there)}")
     return Mesh(np.asarray(there[:wanted]).reshape(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def parse_mesh(text: str) -> Mesh:
+    """A mesh from "data=1,context=2,model=1"; an axis left out is 1. Raises `InputError`."""
+    sizes: dict[str, Any] = {}
+    for part in text.split(","):
+        name, _, size = (piece.strip() for piece in part.partition("="))
+        if name not in AXES:
+            raise InputError(f"a mesh has no axis {name!r}; its axes are {', '.join(AXES)}")
+        if name in sizes or not size.isdecimal():
+            raise InputError(f"mesh axis {part.strip()!r} needs one whole number of devices, as in context=2")
+        sizes[name] = int(size)
+    return make_mesh(**sizes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +83,9 @@ class Layout:
         devices = self.size("model")
         for what, count in (("KV heads", config.num_kv_heads), ("feed-forward channels", config.intermediate_size)):
             if count % devices:
-                raise InputError(f"{count} {what} cannot be split over a model axis of {devices}: choose one that divides")
+                raise InputError(
+                    f"{count} {what} cannot be split over a model axis of {devices}: choose one that divides"
+                )
 
     def rows(self, batch: int) -> int:
         """Rows of a batch on one device. Raises `InputError` where they are not the same number on all."""

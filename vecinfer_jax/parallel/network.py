@@ -133,7 +133,9 @@ class SplitNetwork(Network):
             return params
         first = jax.lax.axis_index(axis) == 0
         flat = flatten(params)
-        return unflatten({p: jnp.where(first, x, 0).astype(x.dtype) if p.endswith(ADDED_ONCE) else x for p, x in flat.items()})
+        return unflatten(
+            {p: jnp.where(first, x, 0).astype(x.dtype) if p.endswith(ADDED_ONCE) else x for p, x in flat.items()}
+        )
 
 
 def _is_spec(x: Any) -> bool:

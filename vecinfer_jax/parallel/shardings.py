@@ -84,7 +84,10 @@ def cache_specs(shapes: Any, splits: Callable[[str], bool]) -> Any:
         axes = (CACHE_AXES.get(name) for name in names)
         # An axis of 1 is one codebook for all heads.
         return PartitionSpec(
-            *(axis if axis and splits(axis) and size > 1 else None for axis, size in zip(axes, array.shape, strict=True))
+            *(
+                axis if axis and splits(axis) and size > 1 else None
+                for axis, size in zip(axes, array.shape, strict=True)
+            )
         )
 
     def visit(node: Any, annotation: Any) -> Any:
