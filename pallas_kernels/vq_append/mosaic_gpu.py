@@ -79,7 +79,7 @@ def _append(
 ) -> None:
     """Block 2 row + side: side 0 is the key, 1 the value, of row batch * heads + head.
 
-    rest: k, v [B, H, D]; positions [B]; the slots to encode to [B] if they are given; what `encode` reads for keys, then
+    rest: k, v [B, H, D]; positions [B]; the slots to encode to [B] if given; what `encode` reads for keys, then
     for values; the rings [B, H, window, D] if there are any; key and value codes [B, H, slots, bytes]; sinks
     [B, H, sink, D] if they are written; shared memory; the block.
     """

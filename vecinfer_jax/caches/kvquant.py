@@ -45,7 +45,8 @@ class KVQuantStore:
     key_entries, value_entries:   float32[2^bits], which they are read with (Q-Norm; else the same); values' rounded to
                                   bfloat16 in 16-bit models (`nuq.value_entries`).
     reach:                        float32[2], how far beyond the rest a token's keys, values are outliers, in widths.
-    key_overflow, value_overflow: int32[B], outliers that found no slot and were clipped to the range.
+    key_overflow, value_overflow: int32[B, Hkv, shards], outliers that found no slot and were clipped to the range, on each
+                                  device.
     """
 
     key_codes: UInt8[Array, "B Hkv S bytes"] = array_field("codes")
@@ -63,8 +64,8 @@ class KVQuantStore:
     key_entries: Float32[Array, "K"] = array_field("codebooks")
     value_entries: Float32[Array, "K"] = array_field("codebooks")
     reach: Float32[Array, "2"] = array_field("codebooks")
-    key_overflow: Int[Array, "B"] = array_field("state")
-    value_overflow: Int[Array, "B"] = array_field("state")
+    key_overflow: Int[Array, "B Hkv shards"] = array_field("state")
+    value_overflow: Int[Array, "B Hkv shards"] = array_field("state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +220,8 @@ class KVQuant(WindowedMethod):
             key_entries=entries("key"),
             value_entries=nuq.value_entries(entries("value"), layer.dtype),
             reach=fitted("reach"),
-            key_overflow=jnp.zeros((batch,), jnp.int32),
-            value_overflow=jnp.zeros((batch,), jnp.int32),
+            key_overflow=jnp.zeros((batch, heads, layer.axes.shards), jnp.int32),
+            value_overflow=jnp.zeros((batch, heads, layer.axes.shards), jnp.int32),
         )
 
     # -- encoding
@@ -254,7 +255,7 @@ class KVQuant(WindowedMethod):
                 if self.capped:
                     pool, lost = put_outliers(getattr(store, f"{which}_outliers"), difference, slots)
                     changes[f"{which}_outliers"] = pool
-                    changes[f"{which}_overflow"] = getattr(store, f"{which}_overflow") + lost
+                    changes[f"{which}_overflow"] = getattr(store, f"{which}_overflow") + lost[..., None]
                 else:
                     name = f"{which}_residual"
                     changes[name] = write_chunk(getattr(store, name), difference, slots)
@@ -495,9 +496,9 @@ def _extremes(x: Float32[Array, "*tokens n"], most: int, axis: str | None = None
 
 def put_outliers(
     pool: UInt32[Array, "B Hkv tiles slots"], difference: Float16[Array, "B T Hkv D"], slots: Int[Array, "B T"]
-) -> tuple[UInt32[Array, "B Hkv tiles slots"], Int[Array, "B"]]:
+) -> tuple[UInt32[Array, "B Hkv tiles slots"], Int[Array, "B Hkv"]]:
     """The pools with the differences that are not 0 in the next free slots of their tiles, in token order and then by
-    channel; and how many of each row found none.
+    channel; and how many of each row and head found none.
 
     A row's tokens stand in consecutive slots of the cache, from slots[b, 0] on; those of slot -1 have no differences.
     """
@@ -521,4 +522,4 @@ def put_outliers(
     rows, columns = jnp.arange(b)[:, None, None, None], jnp.arange(heads)[None, :, None, None]
     slot = jnp.where(held, rank, size)
     pool = pool.at[rows, columns, tile[:, None, :, None], slot].set(words, mode="drop")
-    return pool, jnp.sum(held & (rank >= size), axis=(1, 2, 3))
+    return pool, jnp.sum(held & (rank >= size), axis=(2, 3))

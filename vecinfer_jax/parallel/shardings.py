@@ -37,7 +37,7 @@ ADDED_ONCE = ("o_proj/bias", "down_proj/bias")
 CACHE_AXES = {
     "B": "data",
     **dict.fromkeys(("Hkv", "Hk", "Hv", "Mk", "Mv"), "model"),
-    **dict.fromkeys(("S", "tiles", "groups"), "context"),
+    **dict.fromkeys(("S", "tiles", "groups", "shards"), "context"),
 }
 
 
