@@ -192,6 +192,7 @@ def bench(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens cached; may be repeated. Default: 4096.")] = None,
     dtype: Dtype = None,
     repeats: Annotated[int, typer.Option(help="The median of so many.")] = 5,
+    mesh: MeshOption = None,
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -201,11 +202,12 @@ def bench(
 
     chosen = [(text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer"]]
     _check_output(json_out)
+    layout = make_layout(mesh)
     if model in SHAPES:
-        steps = StepBench(SHAPES[model], dtype=resolve_dtype(dtype))
+        steps = StepBench(SHAPES[model], dtype=resolve_dtype(dtype), layout=layout)
     else:
-        lm = load(model, dtype, progress=not quiet)
-        steps = StepBench(lm.config, lm.params, lm.dtype)
+        lm = load(model, dtype, progress=not quiet, mesh=layout)
+        steps = StepBench(lm.config, lm.params, lm.dtype, layout)
     rows: list[dict[str, Any]] = []
     to_stdout = json_out is not None and str(json_out) == "-"
     for count, length in ((b, t) for b in batch or [1] for t in tokens or [4096]):
@@ -245,6 +247,7 @@ def plan(
     batch: Annotated[int, typer.Option(help="Sequences.")] = 1,
     tokens: Annotated[int, typer.Option(help="Tokens a sequence.")] = 131072,
     memory: Annotated[float | None, typer.Option(help="Of the device, in GiB; default: this device's.")] = None,
+    gpus: Annotated[int, typer.Option(help="Split the caches' tokens over so many; bytes are those of each.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and windows.")] = "bfloat16",
     json_out: Json = None,
     quiet: Quiet = False,
@@ -274,7 +277,7 @@ def plan(
     rows = []
     for text, method in chosen:
         kind = resolve_dtype(dtype)
-        row = make_plan(config, method, batch=batch, tokens=tokens, memory=limit, device=device, dtype=kind)
+        row = make_plan(config, method, batch=batch, tokens=tokens, memory=limit, device=device, dtype=kind, gpus=gpus)
         rows.append({"name": text} | dataclasses.asdict(row))
         if json_out is None or str(json_out) != "-":
             print(
@@ -285,7 +288,7 @@ def plan(
             )
     if json_out is not None:
         name = None if device is None else device.name
-        about = {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "device": name}
+        about = {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "device": name, "gpus": gpus}
         _write_json(json_out, about | {"rows": rows})
 
 

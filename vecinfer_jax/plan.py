@@ -10,12 +10,13 @@ import jax.numpy as jnp
 
 from vecinfer_jax.bench import random_calibration
 from vecinfer_jax.caches import allocated_bytes
-from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, MeshAxes
 from vecinfer_jax.devices import Device
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.generation.engine import CAPACITY_STEP, round_up
 from vecinfer_jax.models import ModelConfig
 from vecinfer_jax.models.decoder import layer_shape, param_shapes
+from vecinfer_jax.parallel.shardings import cache_specs, device_share
 
 # Kept free beside weights and caches: the runtime, a step's activations and logits.
 RESERVE = 2**30
@@ -25,14 +26,15 @@ MEASURED_HEAD_DIMS = (64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes of decoding `batch` sequences of up to `tokens` tokens.
+    """Bytes of decoding `batch` sequences of up to `tokens` tokens; over several GPUs, those of one of them.
 
+    gpus:          over which the caches' tokens are split; each holds the weights and the windows whole.
     weights_bytes: of the model, and of the copies that a method with transformed values makes.
     cache_bytes: by kind, as the caches allocate them. bits_per_element: true bits of a coded element, mean of layers.
     memory:      of the device; fits: whether weights, caches and `RESERVE` do.
     most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not.
     ms_per_step: predicted milliseconds of a decoding step; None without a device, for caches and dtypes that were not
-                 measured on it, and where it does not fit.
+                 measured on it, for several GPUs, and where it does not fit.
     """
 
     method: str
@@ -45,6 +47,7 @@ class Plan:
     fits: bool
     most_tokens: int
     ms_per_step: float | None
+    gpus: int = 1
 
 
 def plan(
@@ -56,28 +59,29 @@ def plan(
     memory: int,
     device: Device | None = None,
     dtype: Any = jnp.bfloat16,
+    gpus: int = 1,
 ) -> Plan:
     """Counts what a model, its cache and a step need, and predicts a step's time on a measured device.
 
     Raises `InputError` for numbers below 1.
     """
-    for name, value in (("batch", batch), ("tokens", tokens), ("memory", memory)):
+    for name, value in (("batch", batch), ("tokens", tokens), ("memory", memory), ("gpus", gpus)):
         if value < 1:
             raise InputError(f"{name}={value} must be 1 or more")
     n = config.num_layers
     copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
     weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
-    held = cache_bytes(config, method, batch, tokens, dtype)
+    held = cache_bytes(config, method, batch, tokens, dtype, gpus)
     free = memory - weights - RESERVE
     # Allocated bytes grow linearly beyond the window.
-    base = 2**16
-    low, high = (cache_bytes(config, method, batch, n, dtype)["total"] for n in (base, 2 * base))
+    base = 2**16 * gpus
+    low, high = (cache_bytes(config, method, batch, n, dtype, gpus)["total"] for n in (base, 2 * base))
     each = (high - low) / base
     most = base + (free - low) / each
     most = max(0, int(most) // CAPACITY_STEP * CAPACITY_STEP)
     layers = range(config.num_layers)
     fits = held["total"] <= free
-    measured = device is not None and jnp.dtype(dtype).itemsize == 2
+    measured = device is not None and gpus == 1 and jnp.dtype(dtype).itemsize == 2
     bits = [method.for_layer(i, len(layers)).bits_per_element(layer_shape(config, i, dtype)) for i in layers]
     return Plan(
         method=repr(method),
@@ -88,8 +92,9 @@ def plan(
         bits_per_element=sum(bits) / len(bits),
         memory=memory,
         fits=fits,
-        most_tokens=most if most >= base else _search(config, method, batch, dtype, free, base),
+        most_tokens=most if most >= base else _search(config, method, batch, dtype, free, base, gpus),
         ms_per_step=milliseconds(config, method, batch, tokens, device) if measured and device and fits else None,
+        gpus=gpus,
     )
 
 
@@ -132,15 +137,18 @@ def _parameters(config: ModelConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
-def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any) -> dict[str, int]:
-    """What the caches of all layers would allocate, by kind."""
+def cache_bytes(
+    config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any, gpus: int = 1
+) -> dict[str, int]:
+    """What the caches of all layers would allocate, by kind; on each of `gpus` over which the tokens are split."""
     n = config.num_layers
     calibration = [random_calibration(config, method, i, dtype) or None for i in range(n)]
+    axes = MeshAxes(context="context", shards=gpus) if gpus > 1 else NO_AXES
 
     def init() -> Any:
         return tuple(
             method.for_layer(i, n).init(
-                layer_shape(config, i, dtype),
+                layer_shape(config, i, dtype, axes),
                 batch,
                 round_up(tokens, CAPACITY_STEP),
                 calibration[i],
@@ -148,15 +156,17 @@ def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: in
             for i in range(n)
         )
 
-    return allocated_bytes(jax.eval_shape(init))
+    shapes = jax.eval_shape(init)
+    specs = cache_specs(shapes, lambda axis: gpus > 1 and axis == "context")
+    return allocated_bytes(device_share(shapes, specs, {"context": gpus}))
 
 
-def _search(config: ModelConfig, method: CacheMethod, batch: int, dtype: Any, free: int, above: int) -> int:
+def _search(config: ModelConfig, method: CacheMethod, batch: int, dtype: Any, free: int, above: int, gpus: int) -> int:
     """The most tokens below `above` that fit, where windows make up much of a cache."""
     low, high = 0, above // CAPACITY_STEP
     while low + 1 < high:
         middle = (low + high) // 2
-        fits = cache_bytes(config, method, batch, middle * CAPACITY_STEP, dtype)["total"] <= free
+        fits = cache_bytes(config, method, batch, middle * CAPACITY_STEP, dtype, gpus)["total"] <= free
         low, high = (middle, high) if fits else (low, middle)
     return low * CAPACITY_STEP
 

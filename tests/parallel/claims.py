@@ -1,5 +1,5 @@
-"""What is claimed of meshes, one function a claim: run as `python -m tests.parallel.claims NAME ARGUMENT...` in a process
-of its own, whose CPU has eight devices (`tests.parallel.test_mesh`)."""
+"""What is claimed of meshes, a function each: `python -m tests.parallel.claims NAME ARGUMENT...` in a process of its
+own, whose CPU has eight devices (`tests.parallel.test_mesh`)."""
 
 import collections
 import dataclasses
@@ -100,12 +100,15 @@ def the_codes_of_one_device(text, *shapes):
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(batch, width + steps, h, CONFIG.head_dim)).astype(np.float32) for h in (16, 8, 8))
     layer = layer_shape(CONFIG, 1, jnp.float32)
-    run = functools.partial(feed, method, q=q, k=k, v=v, lengths=lengths, width=width, first=first, steps=steps)
+    run = functools.partial(feed, method, width=width, first=first, steps=steps)
 
     def start(layer):
         return method.init(layer, batch, 400, calibration.layers[1] or None)
 
-    want_outs, want_cache = jax.jit(lambda: run(layer, start(layer)))()
+    def alone(q, k, v, lengths):
+        return run(layer, start(layer), q=q, k=k, v=v, lengths=lengths)
+
+    want_outs, want_cache = jax.jit(alone)(q, k, v, lengths)
     for shape in shapes:
         layout = layout_of(shape)
         split = dataclasses.replace(layer, axes=layout.axes(batch, 400))

@@ -1,5 +1,5 @@
-"""Meshes of eight devices: the claims of `tests.parallel.claims`, in processes of their own, since this one has a single
-device."""
+"""Meshes of eight devices: the claims of `tests.parallel.claims`, in processes of their own, since this one has a
+single device."""
 
 import os
 import subprocess

@@ -45,8 +45,8 @@ class KVQuantStore:
     key_entries, value_entries:   float32[2^bits], which they are read with (Q-Norm; else the same); values' rounded to
                                   bfloat16 in 16-bit models (`nuq.value_entries`).
     reach:                        float32[2], how far beyond the rest a token's keys, values are outliers, in widths.
-    key_overflow, value_overflow: int32[B, Hkv, shards], outliers that found no slot and were clipped to the range, on each
-                                  device.
+    key_overflow, value_overflow: int32[B, Hkv, shards], outliers that found no slot and were clipped to the range; of
+                                  every device by itself.
     """
 
     key_codes: UInt8[Array, "B Hkv S bytes"] = array_field("codes")

@@ -182,6 +182,10 @@ class Engine:
         run = functools.partial(_decode_loop, self.network)
         return self._call("decode", run, (1,), params, state, np.int32(until), settings, stops)
 
+    def settle(self, state: DecodeState) -> DecodeState:
+        """A state made by hand, where one that came out of a call is, so that the next compiles nothing new."""
+        return self._call("settle", self.network.settled, (0,), state)
+
     def keys(self, seed: int, places: UInt32[np.ndarray, "B"]) -> jax.Array:
         """A random key for each place."""
         return self._call("keys", _keys, (), np.uint32(seed), places, placed=self.network.whole(0))

@@ -2,7 +2,7 @@
 
 import dataclasses
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -101,6 +101,17 @@ def cache_specs(shapes: Any, splits: Callable[[str], bool]) -> Any:
         return node
 
     return visit(shapes, None)
+
+
+def device_share(shapes: Any, specs: Any, sizes: Mapping[str, int]) -> Any:
+    """Shapes of what one device holds of arrays of these shapes and specs, on mesh axes of these sizes."""
+
+    def share(array: jax.ShapeDtypeStruct, spec: PartitionSpec) -> jax.ShapeDtypeStruct:
+        parts = (sizes.get(axis, 1) for axis in spec)
+        split = [n // part for n, part in zip(array.shape, parts, strict=True)]
+        return jax.ShapeDtypeStruct(split, array.dtype)
+
+    return jax.tree.map(share, shapes, specs)
 
 
 def _axis_names(annotation: Any) -> list[str]:
