@@ -1,4 +1,4 @@
-"""Attention and whole steps over several devices, beside one: Llama-3.1-8B's shapes, bfloat16, batch 1.
+"""Attention and whole steps over several devices, beside one: Llama-3.1-8B's shapes, batch 1, in 16 bits on a GPU.
 
     python benchmarks/parallel.py attention [--devices 2] [--tokens 196608 1048576 4194304] [--merges gather ...]
     python benchmarks/parallel.py step      [--devices 2] [--tokens ...] [--methods vecinfer:bits=2 full]
@@ -6,9 +6,9 @@
 
 `attention` times a layer's append, attention and merge in a loop on the device, each layer's queries being the output
 of the one before, for every collective that can merge, and for none ("alone": what the merge costs is the difference).
-`step` times the whole decoding loop (vecinfer_jax/bench.py). `largest` steps a cache of so many tokens in all layers and
-puts what a device holds beside what `vecinfer plan --gpus` says. Rows that the JSON file holds already and that are not
-run now stay in it.
+`step` times the whole decoding loop (vecinfer_jax/bench.py). `largest` steps a cache of so many tokens in all layers
+and puts what a device holds beside what `vecinfer plan --gpus` says. Rows that the JSON file holds already and that are
+not run now stay in it.
 """
 
 import argparse
@@ -32,8 +32,9 @@ from vecinfer_jax.caches.base import Chunk
 from vecinfer_jax.caches.stripes import MERGES
 from vecinfer_jax.errors import VecInferError
 from vecinfer_jax.models.decoder import layer_shape
+from vecinfer_jax.models.language_model import resolve_dtype
 from vecinfer_jax.parallel import Layout, make_mesh
-from vecinfer_jax.parallel.shardings import cache_specs
+from vecinfer_jax.parallel.shardings import NonEmpty, cache_specs, device_share
 from vecinfer_jax.plan import plan
 
 MODEL = "llama-3.1-8b"
@@ -44,18 +45,20 @@ ALONE = "alone"
 
 def attention_us(method: Any, tokens: int, layout: Layout, repeats: int) -> float:
     """Microseconds of a layer, median of differences between a long loop and a short one."""
-    config = SHAPES[MODEL]
-    layer = dataclasses.replace(layer_shape(config, 0, jnp.bfloat16), axes=layout.axes(1, tokens))
-    calibration = random_calibration(config, method, 0, jnp.bfloat16) or None
+    config, dtype = SHAPES[MODEL], resolve_dtype()
+    layer = dataclasses.replace(layer_shape(config, 0, dtype), axes=layout.axes(1, tokens))
+    calibration = random_calibration(config, method, 0, dtype) or None
 
     def init() -> Any:
         return tuple(method.init(layer, 1, tokens + 128, calibration) for _ in range(LAYERS))
 
-    of_caches = cache_specs(jax.eval_shape(init), lambda axis: getattr(layer.axes, axis) is not None)
+    shapes = jax.eval_shape(init)
+    of_caches = cache_specs(shapes, lambda axis: getattr(layer.axes, axis) is not None)
+    everywhere, here = NonEmpty(shapes), NonEmpty(device_share(shapes, of_caches, layout.mesh.shape))
     place = jax.tree.map(functools.partial(NamedSharding, layout.mesh), of_caches, is_leaf=_is_spec)
-    caches = filled(jax.jit(init, out_shardings=place)(), tokens)
+    held = everywhere.held(filled(jax.jit(init, out_shardings=place)(), tokens))
 
-    def loop(steps: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, caches: Any) -> Any:
+    def loop(steps: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, held: Any) -> Any:
         at = jnp.full((1, 1), tokens, jnp.int32)
         cos, sin = layer.rope.cos_sin(at % layer.rope.max_position)
         chunk = Chunk(at, jnp.ones((1,), jnp.int32), cos, sin, layer=layer, first=False)
@@ -68,34 +71,35 @@ def attention_us(method: Any, tokens: int, layout: Layout, repeats: int) -> floa
                 new.append(cache)
             return q, tuple(new)
 
-        return jax.lax.fori_loop(0, steps, step, (q, caches))
+        q, caches = jax.lax.fori_loop(0, steps, step, (q, here.whole(held)))
+        return q, here.held(caches)
 
-    whole = PartitionSpec()
+    whole, of_held = PartitionSpec(), everywhere.held(of_caches)
     mapped = jax.shard_map(
         loop,
         mesh=layout.mesh,
-        in_specs=(whole, whole, whole, whole, of_caches),
-        out_specs=(whole, of_caches),
+        in_specs=(whole, whole, whole, whole, of_held),
+        out_specs=(whole, of_held),
         check_vma=False,
     )
     keys = jax.random.split(jax.random.key(1), 3)
     heads = (config.num_query_heads, config.num_kv_heads, config.num_kv_heads)
     qkv = [
-        jax.device_put(jax.random.normal(key, (1, n, config.head_dim), jnp.bfloat16), layout.sharding())
+        jax.device_put(jax.random.normal(key, (1, n, config.head_dim), dtype), layout.sharding())
         for key, n in zip(keys, heads, strict=True)
     ]
     program = jax.jit(mapped, donate_argnums=4)
 
-    def run(steps: int, caches: Any) -> tuple[Any, float]:
+    def run(steps: int, held: Any) -> tuple[Any, float]:
         begin = time.perf_counter()
-        _, caches = jax.block_until_ready(program(jnp.int32(steps), *qkv, caches))
-        return caches, time.perf_counter() - begin
+        _, held = jax.block_until_ready(program(jnp.int32(steps), *qkv, held))
+        return held, time.perf_counter() - begin
 
-    caches, _ = run(FEW, caches)
+    held, _ = run(FEW, held)
     times = []
     for _ in range(repeats):
-        caches, few = run(FEW, caches)
-        caches, many = run(MANY, caches)
+        held, few = run(FEW, held)
+        held, many = run(MANY, held)
         times.append((many - few) / (MANY - FEW) / LAYERS * 1e6)
     return round(statistics.median(times), 2)
 
@@ -117,7 +121,7 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for shape in ({"context": 1}, {"context": args.devices}, {"model": args.devices}):
         layout = Layout(make_mesh(**shape), merge=(args.merges or ["gather"])[0], split_from=0)
-        bench = StepBench(SHAPES[MODEL], layout=layout)
+        bench = StepBench(SHAPES[MODEL], dtype=resolve_dtype(), layout=layout)
         for name in args.methods or ("vecinfer:bits=2", "full"):
             for tokens in args.tokens or (196608, 1048576):
                 rows.append(_step(bench, name, tokens, args.repeats))
@@ -128,7 +132,7 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
     layout = Layout(make_mesh(context=args.devices))
-    bench = StepBench(SHAPES[MODEL], layout=layout)
+    bench = StepBench(SHAPES[MODEL], dtype=resolve_dtype(), layout=layout)
     rows = []
     for name in args.methods or ("vecinfer:bits=2",):
         for tokens in args.tokens or (10_000_000,):

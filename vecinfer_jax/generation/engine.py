@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, UInt32
 
 from vecinfer_jax.caches.base import CacheMethod, ReadMode
@@ -227,7 +228,15 @@ def _bytes_of(program: Any) -> int:
 
 def _placement(x: Any) -> Any:
     """Where an array was put on purpose: a program is compiled for the placement of its inputs."""
-    return x.sharding if getattr(x, "committed", False) else None
+    if not getattr(x, "committed", False):
+        return None
+    if not isinstance(x.sharding, NamedSharding):
+        return x.sharding
+    # The same placement may be written with and without axes that split nothing.
+    split = [axis if axis is not None and x.sharding.mesh.shape[axis] > 1 else None for axis in x.sharding.spec]
+    while split and split[-1] is None:
+        split.pop()
+    return x.sharding.mesh, tuple(split), x.sharding.memory_kind
 
 
 @functools.lru_cache(maxsize=8)

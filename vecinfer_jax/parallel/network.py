@@ -21,7 +21,14 @@ from vecinfer_jax.models.checkpoint_map import flatten, unflatten
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.network import Network
 from vecinfer_jax.parallel.mesh import Layout
-from vecinfer_jax.parallel.shardings import ADDED_ONCE, cache_specs, splits_vocabulary, weight_specs
+from vecinfer_jax.parallel.shardings import (
+    ADDED_ONCE,
+    NonEmpty,
+    cache_specs,
+    device_share,
+    splits_vocabulary,
+    weight_specs,
+)
 
 
 class SplitNetwork(Network):
@@ -108,23 +115,27 @@ class SplitNetwork(Network):
     ) -> tuple[jax.Array, Any]:
         """run(params, first, second, caches, *rest) on every device's share."""
         rows = PartitionSpec(self.decoder.axes.data)
+        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), caches)
+        of_caches = self.cache_specs(shapes)
+        everywhere, here = NonEmpty(shapes), NonEmpty(device_share(shapes, of_caches, self.layout.mesh.shape))
+        of_held = everywhere.held(of_caches)
+
+        def share(params: Any, first: Any, second: Any, held: list[jax.Array], *rest: Any) -> Any:
+            out, caches = run(self._biases_once(params), first, second, here.whole(held), *rest)
+            return out, here.held(caches)
 
         def spec(x: Any) -> PartitionSpec:
             return rows if jnp.ndim(x) else PartitionSpec()
 
-        def share(params: Any, *args: Any) -> Any:
-            return run(self._biases_once(params), *args)
-
         of_params = weight_specs(params, self.decoder.config, self.layout)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), caches)
-        of_caches = self.cache_specs(shapes)
-        return jax.shard_map(
+        out, held = jax.shard_map(
             share,
             mesh=self.layout.mesh,
-            in_specs=(of_params, spec(first), spec(second), of_caches, *map(spec, rest.values())),
-            out_specs=(rows, of_caches),
+            in_specs=(of_params, spec(first), spec(second), of_held, *map(spec, rest.values())),
+            out_specs=(rows, of_held),
             check_vma=False,
-        )(params, first, second, caches, *rest.values())
+        )(params, first, second, everywhere.held(caches), *rest.values())
+        return out, everywhere.whole(held)
 
     def _biases_once(self, params: Any) -> Any:
         """Biases that are added to a sum over the model axis, on its first device only."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vecinfer_jax.models.checkpoint_map import flatten, unflatten
@@ -112,6 +113,25 @@ def device_share(shapes: Any, specs: Any, sizes: Mapping[str, int]) -> Any:
         return jax.ShapeDtypeStruct(split, array.dtype)
 
     return jax.tree.map(share, shapes, specs)
+
+
+class NonEmpty:
+    """The arrays of a tree that have elements. XLA (of JAX 0.11) crashes where others, such as a window of no tokens,
+    enter or leave a mapped function with a loop in or around it."""
+
+    def __init__(self, shapes: Any) -> None:
+        self._shapes, self._structure = jax.tree.flatten(shapes)
+
+    def held(self, tree: Any) -> list[Any]:
+        """Those of a tree like the shapes."""
+        leaves = self._structure.flatten_up_to(tree)
+        return [x for x, shape in zip(leaves, self._shapes, strict=True) if shape.size]
+
+    def whole(self, held: list[jax.Array]) -> Any:
+        """The tree again."""
+        parts = iter(held)
+        leaves = [next(parts) if shape.size else jnp.zeros(shape.shape, shape.dtype) for shape in self._shapes]
+        return jax.tree.unflatten(self._structure, leaves)
 
 
 def _axis_names(annotation: Any) -> list[str]:
