@@ -24,12 +24,13 @@ from vecinfer_jax.models import random_model
 from vecinfer_jax.models.decoder import Decoder, layer_shape
 from vecinfer_jax.models.network import Network
 from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_params
-from vecinfer_jax.parallel.shardings import cache_specs
+from vecinfer_jax.parallel.shardings import NonEmpty, cache_specs, device_share
 
 CONFIG = dataclasses.replace(small.CONFIG, num_query_heads=16, num_kv_heads=8, num_layers=2)
 # No length is a multiple of what an axis or a stripe wants; one prompt fits into the window.
 LENGTHS = (301, 70, 11)
 CAPACITY = 345
+TWO_PROCESSES = "vecinfer:bits=2,residual=16"
 
 
 @functools.cache
@@ -119,19 +120,24 @@ def the_codes_of_one_device(text, *shapes):
             split, num_query_heads=16 // layout.size("model"), num_kv_heads=8 // layout.size("model")
         )
 
-        def mapped(q, k, v, lengths, cache, of_device=of_device):
-            return run(of_device, cache, q=q, k=k, v=v, lengths=lengths)
+        sizes = layout.mesh.shape
+        everywhere, here = NonEmpty(shapes_of_cache), NonEmpty(device_share(shapes_of_cache, spec, sizes))
+
+        def mapped(q, k, v, lengths, held, of_device=of_device, here=here):
+            outs, cache = run(of_device, here.whole(held), q=q, k=k, v=v, lengths=lengths)
+            return outs, here.held(cache)
 
         program = jax.shard_map(
             mapped,
             mesh=layout.mesh,
-            in_specs=(heads, heads, heads, rows, spec),
-            out_specs=(heads, spec),
+            in_specs=(heads, heads, heads, rows, everywhere.held(spec)),
+            out_specs=(heads, everywhere.held(spec)),
             check_vma=False,
         )
         place = jax.tree.map(lambda s, layout=layout: NamedSharding(layout.mesh, s), spec)
         cache = jax.jit(lambda split=split: start(split), out_shardings=place)()
-        outs, cache = jax.jit(program)(q, k, v, lengths, cache)
+        outs, held = jax.jit(program)(q, k, v, lengths, everywhere.held(cache))
+        cache = everywhere.whole(held)
         valid = np.arange(width)[None] < lengths[:, None]
         valid = np.concatenate([valid, np.ones((batch, steps), bool)], 1)
         np.testing.assert_allclose(np.asarray(outs)[valid], np.asarray(want_outs)[valid], atol=2e-5)

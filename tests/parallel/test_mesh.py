@@ -1,10 +1,13 @@
 """Meshes of eight devices: the claims of `tests.parallel.claims`, in processes of their own, since this one has a
 single device."""
 
+import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
+from subprocess import PIPE
 
 import pytest
 
@@ -59,6 +62,26 @@ def test_full_precision_gives_the_tokens_of_one_device():
 def test_the_codes_are_those_of_one_device(method):
     shapes = ("2x2x2",) if method == METHODS[1] else SHAPES
     on_eight_devices("the_codes_of_one_device", method, *shapes)
+
+
+@pytest.mark.slow
+def test_two_processes_generate_what_one_does():
+    """Each with two devices of a mesh of four, over the loopback."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+
+    def start(index, count):
+        devices = f"--xla_force_host_platform_device_count={4 // count}"
+        environment = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": devices, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "tests.parallel.two_processes", str(index), str(count), address]
+        return subprocess.Popen(command, env=environment, cwd=ROOT, stdout=PIPE, stderr=PIPE, text=True)
+
+    runs = [start(0, 2), start(1, 2), start(0, 1)]
+    outs = [run.communicate(timeout=500) for run in runs]
+    assert all(run.returncode == 0 for run in runs), [err[-2000:] for _, err in outs]
+    first, second, alone = (json.loads(out.splitlines()[-1]) for out, _ in outs)
+    assert first == second == alone
 
 
 @pytest.mark.slow
