@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import jax
 import jax.numpy as jnp
 import results
+from flax import struct
 from jaxtyping import Array, Float
 
 import vecinfer_jax as vj
@@ -25,7 +26,6 @@ from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, Layer
 from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache, _decode_attention, _write
 from vecinfer_jax.caches.host_tier import on_device, on_host, write_slots
 from vecinfer_jax.rope import apply_rope
-from flax import struct
 
 SHAPE = "llama-3.1-8b"
 COPIED = 2**30

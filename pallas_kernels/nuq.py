@@ -148,6 +148,24 @@ def angles(
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
+def turns_of_first(
+    first_position: int | tuple[int, ...],
+    shard: Int[Array, ""] | None,
+    offsets: np.ndarray,
+    inverse_frequencies: tuple[float, ...],
+) -> tuple[Float32[Array, "..."], Float32[Array, "..."]]:
+    """`angles` at first_position + offsets; of the shard's first position, where there is one for each."""
+    first = np.asarray(first_position)
+    found = angles(first[..., None] + offsets, inverse_frequencies)
+    cos, sin = (jnp.asarray(x) if shard is None else jnp.asarray(x)[shard] for x in found)
+    return cos, sin
+
+
+def positions_of(slots: np.ndarray, tile_stride: int) -> np.ndarray:
+    """Positions of slots after the first, where every `tile_stride`-th tile is held."""
+    return slots // TILE * (TILE * tile_stride) + slots % TILE
+
+
 def whole_tiles(tokens: int) -> int:
     """Tokens rounded up to whole tiles."""
     return math.ceil(tokens / TILE) * TILE

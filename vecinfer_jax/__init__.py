@@ -5,7 +5,7 @@ lm = vj.load("smollm2-135m-instruct")
 out = vj.generate(lm, ["Once upon a time"], method=vj.VecInfer(bits=2), max_new_tokens=64)
 """
 
-from vecinfer_jax import caches
+from vecinfer_jax import caches, parallel
 from vecinfer_jax import evaluation as evaluate
 from vecinfer_jax.caches import *  # noqa: F403
 from vecinfer_jax.calibration.artefact import Calibration
@@ -29,6 +29,7 @@ __all__ = [
     "generate",
     "load",
     "load_calibration",
+    "parallel",
     "resolve_calibration",
     "stream",
 ]

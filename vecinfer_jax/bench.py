@@ -19,13 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from vecinfer_jax.caches import allocated_bytes
-from vecinfer_jax.caches.base import CacheMethod, LayerShape
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, LayerShape
 from vecinfer_jax.calibration.statistics import LayerStatistics
 from vecinfer_jax.errors import CalibrationError, CapacityError, InputError
 from vecinfer_jax.generation.engine import CAPACITY_STEP, DecodeState, Engine, round_up
 from vecinfer_jax.generation.sampling import Sampling
 from vecinfer_jax.models import ModelConfig
+from vecinfer_jax.models.checkpoint_map import flatten, unflatten
 from vecinfer_jax.models.decoder import Decoder, Params, layer_shape, param_shapes
+from vecinfer_jax.models.weights import ShardingOf
+from vecinfer_jax.parallel.mesh import Layout
+from vecinfer_jax.parallel.shardings import weight_sharding
 from vecinfer_jax.rope import Rope
 
 # Steps of the two runs whose difference is timed.
@@ -83,9 +87,10 @@ class StepTime:
     """One decoding step of `batch` sequences of `tokens` tokens each.
 
     ms_per_step:  milliseconds, median of `repeats` differences between a long and a short run.
-    cache_bytes:  allocated, by kind. weights_bytes: of all parameters.
-    device_bytes: what the device says is in use after the steps, and device_peak_bytes the most it has seen in this
-                  process; 0 where it does not say.
+    cache_bytes:  allocated, by kind, on all devices together. weights_bytes: of all parameters, each counted once.
+    device_bytes: what the fullest device says is in use after the steps, and device_peak_bytes the most it has seen in
+                  this process; 0 where it does not say.
+    mesh:         devices along each axis; none for one device.
     """
 
     method: str
@@ -100,6 +105,7 @@ class StepTime:
     device_peak_bytes: int
     compile_seconds: float
     repeats: int
+    mesh: dict[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,22 +125,26 @@ class StepProfile:
 class StepBench:
     """Times steps of one model; weights are made or given once."""
 
-    def __init__(self, config: ModelConfig, params: Params | None = None, dtype: Any = jnp.bfloat16) -> None:
-        """Without `params`, random ones of the config's shapes."""
-        self.config, self.dtype = config, jnp.dtype(dtype)
-        self.params = random_params(config, dtype) if params is None else params
+    def __init__(
+        self, config: ModelConfig, params: Params | None = None, dtype: Any = jnp.bfloat16, layout: Layout | None = None
+    ) -> None:
+        """Without `params`, random ones of the config's shapes; with a layout, over its mesh."""
+        self.config, self.dtype, self.layout = config, jnp.dtype(dtype), layout
+        sharding = None if layout is None else weight_sharding(layout, config)
+        self.params = random_params(config, dtype, sharding) if params is None else params
 
     def prepare(self, method: CacheMethod, batch: int, tokens: int, room: int) -> tuple[Engine, DecodeState]:
         """Filled caches with space for `room` more tokens. Raises `CapacityError` where they do not fit."""
         for name, value in (("batch", batch), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name}={value} must be 1 or more")
-        decoder = Decoder(self.config, method, self.dtype)
-        engine = Engine(decoder)
+        capacity = round_up(tokens + room, CAPACITY_STEP)
+        axes = NO_AXES if self.layout is None else self.layout.axes(batch, capacity)
+        engine = Engine(Decoder(self.config, method, self.dtype, axes), self.layout)
         calibration = [random_calibration(self.config, method, i, self.dtype) for i in range(self.config.num_layers)]
-        caches = engine.init_caches(calibration, batch, round_up(tokens + room, CAPACITY_STEP))
-        return engine, DecodeState(
-            caches=_filled(caches, tokens),
+        caches = engine.init_caches(calibration, batch, capacity)
+        state = DecodeState(
+            caches=filled(caches, tokens),
             token=jnp.zeros((batch,), jnp.int32),
             position=jnp.full((batch,), tokens, jnp.int32),
             step=jnp.int32(1),
@@ -143,6 +153,7 @@ class StepBench:
             logprobs=jnp.zeros((batch, MANY), jnp.float32),
             keys=jax.random.split(jax.random.key(0), batch),
         )
+        return engine, engine.settle(state)
 
     def step(self, method: CacheMethod, batch: int, tokens: int, *, repeats: int = 5) -> StepTime:
         """Times a method. Raises `CapacityError` where weights, caches and the step do not fit the device."""
@@ -175,7 +186,8 @@ class StepBench:
             state, many = run(state, MANY)
             times.append((many - few) / (MANY - FEW) * 1e3)
         ms = statistics.median(times)
-        memory = jax.devices()[0].memory_stats() or {}
+        devices = jax.local_devices() if self.layout is None else self.layout.mesh.local_devices
+        memory = [device.memory_stats() or {} for device in devices]
         return StepTime(
             method=repr(method),
             batch=batch,
@@ -185,10 +197,11 @@ class StepBench:
             tokens_per_second=round(batch / ms * 1e3, 1),
             cache_bytes=held,
             weights_bytes=sum(x.nbytes for x in jax.tree.leaves(self.params)),
-            device_bytes=memory.get("bytes_in_use", 0),
-            device_peak_bytes=memory.get("peak_bytes_in_use", 0),
+            device_bytes=max(held.get("bytes_in_use", 0) for held in memory),
+            device_peak_bytes=max(held.get("peak_bytes_in_use", 0) for held in memory),
             compile_seconds=round(engine.compile_seconds, 1),
             repeats=repeats,
+            mesh=None if self.layout is None else dict(self.layout.mesh.shape),
         )
 
     def profile(self, method: CacheMethod, batch: int, tokens: int, *, steps: int = 8) -> StepProfile:
@@ -240,11 +253,20 @@ def step_profile(events: Iterable[tuple[str, float, float]], steps: int) -> Step
     )
 
 
-def random_params(config: ModelConfig, dtype: Any) -> Params:
+def random_params(config: ModelConfig, dtype: Any, sharding: ShardingOf | None = None) -> Params:
     """Leaf by leaf: initialising a model in one program takes as long to compile as its step."""
-    make = jax.jit(lambda key, shape: 0.02 * jax.random.normal(key, shape, dtype), static_argnums=1)
-    leaves, tree = jax.tree.flatten(param_shapes(config, dtype))
-    return jax.tree.unflatten(tree, [make(jax.random.key(i), leaf.shape) for i, leaf in enumerate(leaves)])
+
+    def make(index: int, path: str, shape: tuple[int, ...]) -> jax.Array:
+        place = None if sharding is None else sharding(path)
+        return _random(shape, jnp.dtype(dtype), place)(jax.random.key(index))
+
+    shapes = flatten(param_shapes(config, dtype))
+    return unflatten({path: make(i, path, leaf.shape) for i, (path, leaf) in enumerate(shapes.items())})
+
+
+@functools.lru_cache(maxsize=64)
+def _random(shape: tuple[int, ...], dtype: Any, place: Any) -> Any:
+    return jax.jit(lambda key: 0.02 * jax.random.normal(key, shape, dtype), out_shardings=place)
 
 
 def random_calibration(config: ModelConfig, method: CacheMethod, index: int, dtype: Any) -> dict[str, np.ndarray]:
@@ -289,26 +311,30 @@ def _random_statistics(layer: LayerShape, count: int) -> LayerStatistics:
     )
 
 
-def _filled(caches: Any, tokens: int) -> Any:
+def filled(caches: Any, tokens: int) -> Any:
     """The same caches with random content, `tokens` tokens a row; one array at a time is held twice at most.
 
     What lies in the host's memory stays there.
     """
-
-    def fill(x: jax.Array) -> jax.Array:
-        if x.dtype == jnp.uint8:
-            return jax.random.bits(jax.random.key(x.size % 7), x.shape, jnp.uint8)
-        if x.dtype == jnp.uint32:  # pools of outliers: a place in a tile and a small float16 difference
-            return jax.random.bits(jax.random.key(x.size % 7), x.shape, jnp.uint32) & jnp.uint32(OUTLIER_BITS)
-        return jax.random.normal(jax.random.key(x.size % 7), x.shape, x.dtype)
-
     leaves, structure = jax.tree.flatten(caches)
-    fill = jax.jit(fill, static_argnums=0)
     for i, x in enumerate(leaves):
-        if x.dtype == jnp.int32:
-            leaves[i] = jnp.full_like(x, tokens)
-        elif x.ndim == 4:
-            shape, place = jax.ShapeDtypeStruct(x.shape, x.dtype), x.sharding
+        if x.dtype == jnp.int32 or x.ndim == 4:
+            make = _content(x.shape, x.dtype, tokens, x.sharding)
             x.delete()
-            leaves[i] = jax.device_put(fill(shape), place) if place.memory_kind == "pinned_host" else fill(shape)
+            leaves[i] = make()
     return jax.tree.unflatten(structure, leaves)
+
+
+@functools.lru_cache(maxsize=64)
+def _content(shape: tuple[int, ...], dtype: Any, tokens: int, place: Any) -> Any:
+    def fill() -> jax.Array:
+        key = jax.random.key(int(np.prod(shape)) % 7)
+        if dtype == jnp.int32:
+            return jnp.full(shape, tokens, dtype)
+        if dtype == jnp.uint8:
+            return jax.random.bits(key, shape, jnp.uint8)
+        if dtype == jnp.uint32:  # pools of outliers: a place in a tile and a small float16 difference
+            return jax.random.bits(key, shape, jnp.uint32) & jnp.uint32(OUTLIER_BITS)
+        return jax.random.normal(key, shape, dtype)
+
+    return jax.jit(fill, out_shardings=place)

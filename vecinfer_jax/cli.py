@@ -50,7 +50,18 @@ Prefill = Annotated[
     str, typer.Option(help="coded: prompts are read as decoding reads them; exact: as generation reads them.")
 ]
 Batch = Annotated[int, typer.Option(help="Cases run at a time.")]
+MeshOption = Annotated[
+    str | None,
+    typer.Option("--mesh", help="Devices along each axis, such as data=1,context=2,model=1; default: one device."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
+
+
+def make_layout(text: str | None) -> Any:
+    """The mesh that --mesh asks for; None without."""
+    from vecinfer_jax import parallel
+
+    return None if text is None else parallel.Layout(parallel.parse_mesh(text))
 
 
 def make_method(text: str, **settings: Any) -> Any:
@@ -89,6 +100,7 @@ def generate(
     output: Annotated[Path | None, typer.Option(help="JSONL of answers; an interrupted job goes on.")] = None,
     batch_size: Annotated[int, typer.Option(help="Of a batch job.")] = 8,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Log-probabilities in JSON output.")] = False,
+    mesh: MeshOption = None,
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -112,7 +124,8 @@ def generate(
             raise InputError(f"a batch job has no {option}: leave it out")
         _check_output(output)
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, chosen, calibration, quiet)
+    layout = make_layout(mesh)
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet, layout=layout)
     if input is not None and output is not None:
         done = run_job(
             lm,
@@ -128,6 +141,7 @@ def generate(
             logprobs=logprobs,
             chat=chat,
             progress=not quiet,
+            mesh=layout,
         )
         print(f"{done} answers written to {output}", file=sys.stderr)
         return
@@ -142,6 +156,7 @@ def generate(
         "stop": stop or (),
         "capacity": capacity,
         "progress": not quiet,
+        "mesh": layout,
     }
     if stream:
         if len(texts) != 1 or json_out is not None:
@@ -177,6 +192,7 @@ def bench(
     tokens: Annotated[list[int] | None, typer.Option(help="Tokens cached; may be repeated. Default: 4096.")] = None,
     dtype: Dtype = None,
     repeats: Annotated[int, typer.Option(help="The median of so many.")] = 5,
+    mesh: MeshOption = None,
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -186,11 +202,12 @@ def bench(
 
     chosen = [(text, make_method(text)) for text in methods or ["full", "vecinfer:bits=4", "vecinfer"]]
     _check_output(json_out)
+    layout = make_layout(mesh)
     if model in SHAPES:
-        steps = StepBench(SHAPES[model], dtype=resolve_dtype(dtype))
+        steps = StepBench(SHAPES[model], dtype=resolve_dtype(dtype), layout=layout)
     else:
-        lm = load(model, dtype, progress=not quiet)
-        steps = StepBench(lm.config, lm.params, lm.dtype)
+        lm = load(model, dtype, progress=not quiet, mesh=layout)
+        steps = StepBench(lm.config, lm.params, lm.dtype, layout)
     rows: list[dict[str, Any]] = []
     to_stdout = json_out is not None and str(json_out) == "-"
     for count, length in ((b, t) for b in batch or [1] for t in tokens or [4096]):
@@ -233,6 +250,7 @@ def plan(
     host_memory: Annotated[
         float | None, typer.Option(help="Of the host, in GiB, for caches that lie there; default: no limit.")
     ] = None,
+    gpus: Annotated[int, typer.Option(help="Split the caches' tokens over so many; bytes are those of each.")] = 1,
     dtype: Annotated[str, typer.Option(help="Of weights and windows.")] = "bfloat16",
     json_out: Json = None,
     quiet: Quiet = False,
@@ -271,6 +289,7 @@ def plan(
             device=device,
             dtype=kind,
             host_memory=None if host_memory is None else int(host_memory * 2**30),
+            gpus=gpus,
         )
         rows.append({"name": text} | dataclasses.asdict(row))
         if json_out is None or str(json_out) != "-":
@@ -283,7 +302,7 @@ def plan(
             )
     if json_out is not None:
         name = None if device is None else device.name
-        about = {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "device": name}
+        about = {"model": model, "batch": batch, "tokens": tokens, "memory": limit, "device": name, "gpus": gpus}
         _write_json(json_out, about | {"rows": rows})
 
 
@@ -622,7 +641,13 @@ def _read_text(path: Path) -> str:
 
 
 def _load(
-    model: str, dtype: str | None, method: Any, directory: Path | None, quiet: bool, seed: int | None = None
+    model: str,
+    dtype: str | None,
+    method: Any,
+    directory: Path | None,
+    quiet: bool,
+    seed: int | None = None,
+    layout: Any = None,
 ) -> tuple[Any, Any]:
     """The model, and the given calibration checked against it, or one of the seed that is asked for."""
     from vecinfer_jax import models
@@ -630,7 +655,7 @@ def _load(
 
     if directory is not None and seed is not None:
         raise InputError("give either --calibration or --seed: an artefact has its own seed")
-    lm = models.load(model, dtype, progress=not quiet)
+    lm = models.load(model, dtype, progress=not quiet, mesh=layout)
     if directory is not None:
         return lm, load_calibration(directory, lm, method)
     return lm, None if seed is None else resolve_calibration(lm, method, seed=seed, progress=not quiet)

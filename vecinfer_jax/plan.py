@@ -11,12 +11,13 @@ import jax.numpy as jnp
 
 from vecinfer_jax.bench import random_calibration
 from vecinfer_jax.caches import allocated_bytes
-from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, MeshAxes
 from vecinfer_jax.devices import Device
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.generation.engine import CAPACITY_STEP, round_up
 from vecinfer_jax.models import ModelConfig
 from vecinfer_jax.models.decoder import layer_shape, param_shapes
+from vecinfer_jax.parallel.shardings import cache_specs, device_share
 
 # Kept free beside weights and caches: the runtime, a step's activations and logits.
 RESERVE = 2**30
@@ -26,8 +27,9 @@ MEASURED_HEAD_DIMS = (64, 128)
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Bytes of decoding `batch` sequences of up to `tokens` tokens.
+    """Bytes of decoding `batch` sequences of up to `tokens` tokens; over several GPUs, those of one of them.
 
+    gpus:          over which the caches' tokens are split; each holds the weights and the windows whole.
     weights_bytes: of the model, and of the copies that a method with transformed values makes.
     cache_bytes: by kind, as the caches allocate them; the total is the device's, "host" is beside it.
     bits_per_element: true bits of a coded element, mean of layers.
@@ -35,7 +37,7 @@ class Plan:
     most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not, the model's longest
                  where the caches do not grow in the memory that is limited.
     ms_per_step: predicted milliseconds of a decoding step; None without a device, for caches and dtypes that were not
-                 measured on it, and where it does not fit.
+                 measured on it, for several GPUs, and where it does not fit.
     """
 
     method: str
@@ -48,6 +50,7 @@ class Plan:
     fits: bool
     most_tokens: int
     ms_per_step: float | None
+    gpus: int = 1
 
 
 def plan(
@@ -60,6 +63,7 @@ def plan(
     device: Device | None = None,
     dtype: Any = jnp.bfloat16,
     host_memory: int | None = None,
+    gpus: int = 1,
 ) -> Plan:
     """Counts what a model, its cache and a step need, and predicts a step's time on a measured device.
 
@@ -67,29 +71,29 @@ def plan(
 
     Raises `InputError` for numbers below 1.
     """
-    wanted = {"batch": batch, "tokens": tokens, "memory": memory, "host_memory": host_memory}
+    wanted = {"batch": batch, "tokens": tokens, "memory": memory, "host_memory": host_memory, "gpus": gpus}
     for name, value in wanted.items():
         if value is not None and value < 1:
             raise InputError(f"{name}={value} must be 1 or more")
     n = config.num_layers
     copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
     weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
-    held = cache_bytes(config, method, batch, tokens, dtype)
+    held = cache_bytes(config, method, batch, tokens, dtype, gpus)
     free = memory - weights - RESERVE
     limits = {"total": free} | ({} if host_memory is None else {"host": host_memory})
     # Allocated bytes grow linearly beyond the window.
-    base = 2**16
-    low, high = (cache_bytes(config, method, batch, n, dtype) for n in (base, 2 * base))
+    base = 2**16 * gpus
+    low, high = (cache_bytes(config, method, batch, n, dtype, gpus) for n in (base, 2 * base))
     each = {kind: (high[kind] - low[kind]) / base for kind in limits}
     room = [base + (limit - low[kind]) / each[kind] for kind, limit in limits.items() if each[kind]]
     most = max(0, int(min(room, default=0)) // CAPACITY_STEP * CAPACITY_STEP)
     if not room and _within(low, limits):  # nothing grows
         most_tokens = config.max_position
     else:
-        most_tokens = most if most >= base else _search(config, method, batch, dtype, limits, base)
+        most_tokens = most if most >= base else _search(config, method, batch, dtype, limits, base, gpus)
     layers = range(config.num_layers)
     fits = _within(held, limits)
-    measured = device is not None and jnp.dtype(dtype).itemsize == 2
+    measured = device is not None and gpus == 1 and jnp.dtype(dtype).itemsize == 2
     bits = [method.for_layer(i, len(layers)).bits_per_element(layer_shape(config, i, dtype)) for i in layers]
     return Plan(
         method=repr(method),
@@ -102,6 +106,7 @@ def plan(
         fits=fits,
         most_tokens=most_tokens,
         ms_per_step=milliseconds(config, method, batch, tokens, device) if measured and device and fits else None,
+        gpus=gpus,
     )
 
 
@@ -144,15 +149,18 @@ def _parameters(config: ModelConfig) -> int:
     return sum(x.size for x in jax.tree.leaves(param_shapes(config)))
 
 
-def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any) -> dict[str, int]:
-    """What the caches of all layers would allocate, by kind."""
+def cache_bytes(
+    config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any, gpus: int = 1
+) -> dict[str, int]:
+    """What the caches of all layers would allocate, by kind; on each of `gpus` over which the tokens are split."""
     n = config.num_layers
     calibration = [random_calibration(config, method, i, dtype) or None for i in range(n)]
+    axes = MeshAxes(context="context", shards=gpus) if gpus > 1 else NO_AXES
 
     def init() -> Any:
         return tuple(
             method.for_layer(i, n).init(
-                layer_shape(config, i, dtype),
+                layer_shape(config, i, dtype, axes),
                 batch,
                 round_up(tokens, CAPACITY_STEP),
                 calibration[i],
@@ -160,7 +168,9 @@ def cache_bytes(config: ModelConfig, method: CacheMethod, batch: int, tokens: in
             for i in range(n)
         )
 
-    return allocated_bytes(jax.eval_shape(init))
+    shapes = jax.eval_shape(init)
+    specs = cache_specs(shapes, lambda axis: gpus > 1 and axis == "context")
+    return allocated_bytes(device_share(shapes, specs, {"context": gpus}))
 
 
 def _within(held: Mapping[str, int], limits: Mapping[str, int]) -> bool:
@@ -168,13 +178,19 @@ def _within(held: Mapping[str, int], limits: Mapping[str, int]) -> bool:
 
 
 def _search(
-    config: ModelConfig, method: CacheMethod, batch: int, dtype: Any, limits: Mapping[str, int], above: int
+    config: ModelConfig,
+    method: CacheMethod,
+    batch: int,
+    dtype: Any,
+    limits: Mapping[str, int],
+    above: int,
+    gpus: int,
 ) -> int:
     """The most tokens below `above` that fit, where windows make up much of a cache."""
     low, high = 0, above // CAPACITY_STEP
     while low + 1 < high:
         middle = (low + high) // 2
-        fits = _within(cache_bytes(config, method, batch, middle * CAPACITY_STEP, dtype), limits)
+        fits = _within(cache_bytes(config, method, batch, middle * CAPACITY_STEP, dtype, gpus), limits)
         low, high = (middle, high) if fits else (low, middle)
     return low * CAPACITY_STEP
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float16, Float32, Int32, UInt8, UInt32
 
 from pallas_kernels import dispatch, nuq, packing
@@ -28,7 +29,9 @@ def nuq_decode_attention(
     *,
     scale: float,
     inverse_frequencies: Sequence[float] | None = None,
-    first_position: int = 0,
+    first_position: int | tuple[int, ...] = 0,
+    tile_stride: int = 1,
+    shard: Int32[Array, ""] | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -59,6 +62,8 @@ def nuq_decode_attention(
         inverse_frequencies: float64 radians per token of each of the D/2 pairs (i, i + D/2), known when compiling;
             None: keys were coded after RoPE and are not rotated. Angles are formed in float64.
         first_position: of the token in slot 0; slot n holds position first_position + n.
+        tile_stride, shard: for a cache that holds every `tile_stride`-th tile only: slot n holds the position of slot
+            n // TILE * TILE * tile_stride + n % TILE of the whole. With `shard`, first_position[shard] is the first.
         exact: further tokens, attended to as they are in the same softmax (a residual window, sinks), keys after RoPE.
         exact_q: the queries for those; default q.
         num_splits: programs that share a row; None lets the kernel choose. Affects speed and rounding only.
@@ -94,8 +99,14 @@ def nuq_decode_attention(
             raise ValueError(f"{_NAME}: {name} must be uint32[{want}, slots], got {pool.dtype}{list(pool.shape)}")
     if inverse_frequencies is not None and len(inverse_frequencies) != dim // 2:
         raise ValueError(f"{_NAME}: {dim // 2} inverse_frequencies are wanted, got {len(inverse_frequencies)}")
-    if first_position < 0 or (num_splits is not None and num_splits < 1):
-        raise ValueError(f"{_NAME}: first_position={first_position} and num_splits={num_splits} cannot be negative")
+    negative = min(np.ravel(first_position)) < 0 or tile_stride < 1
+    if negative or isinstance(first_position, int) != (shard is None):
+        raise ValueError(
+            f"{_NAME}: first_position={first_position} (one, or with shard={shard} one for each) and "
+            f"tile_stride={tile_stride} cannot be negative"
+        )
+    if num_splits is not None and num_splits < 1:
+        raise ValueError(f"{_NAME}: num_splits must be at least 1 or None, got {num_splits}")
     exact_q = q if exact_q is None else exact_q
     check(_NAME, q, heads, exact, exact_q)
     return dispatch.call(
@@ -104,8 +115,8 @@ def nuq_decode_attention(
         key_outliers, value_outliers, lengths,
         scale=float(scale),
         inverse_frequencies=None if inverse_frequencies is None else tuple(map(float, inverse_frequencies)),
-        first_position=int(first_position), exact=tuple(exact), exact_q=exact_q, num_splits=num_splits,
-        out_dtype=out_dtype,
+        first_position=first_position, tile_stride=tile_stride, shard=shard, exact=tuple(exact), exact_q=exact_q,
+        num_splits=num_splits, out_dtype=out_dtype,
     )  # fmt: skip
 
 

@@ -96,7 +96,9 @@ def nuq_decode_attention(
     *,
     scale: float,
     inverse_frequencies: tuple[float, ...] | None = None,
-    first_position: int = 0,
+    first_position: int | tuple[int, ...] = 0,
+    tile_stride: int = 1,
+    shard: Array | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -139,10 +141,8 @@ def nuq_decode_attention(
     key_table, value_table = vq.side_by_side(key_format, value_format, (True, True))
     end = -(-max(key_table.shared_end, value_table.shared_end) // 16) * 16
     keys = Keys(**vars(key_table), rotations=end if key_slots else -1)
-    tables = map(
-        jnp.asarray,
-        _rotations(inverse_frequencies or (0.0,) * (dim // 2), tokens // TILE, first_position, config.warpgroups * 4),
-    )
+    frequencies = inverse_frequencies or (0.0,) * (dim // 2)
+    tables = _rotations(frequencies, tokens // TILE, first_position, tile_stride, shard, config.warpgroups * 4)
     nothing = jnp.zeros((1,), jnp.uint32)
     books = [
         vq.words_of(nuq.combinations(book, form.length), form)
@@ -179,19 +179,26 @@ def choose_config(rows: int, tokens: int, sparse: bool, num_splits: int | None) 
     return Config(_GROUPS, warpgroups, max(1, min(blocks, rows * -(-tokens // TILE))))
 
 
-def _rotations(frequencies: tuple[float, ...], tiles: int, first: int, warps: int) -> list[np.ndarray]:
+def _rotations(
+    frequencies: tuple[float, ...],
+    tiles: int,
+    first: int | tuple[int, ...],
+    stride: int,
+    shard: Array | None,
+    warps: int,
+) -> list[Array]:
     """cos and sin, float32[n, D / 2, 2]: of the places in a tile; of 64 tiles from the first position on; of every 64th
     tile; of eight tokens, and from a warp's tile's last group to its next tile."""
 
-    def table(positions: Any) -> np.ndarray:
-        return np.stack(nuq.angles(np.asarray(positions), frequencies), axis=-1)
+    def table(positions: Any) -> Array:
+        return jnp.asarray(np.stack(nuq.angles(np.asarray(positions), frequencies), axis=-1))
 
-    coarse = np.arange(-(-tiles // _COARSE)) * (_COARSE * TILE)
+    step = TILE * stride
     return [
         table(np.arange(TILE)),
-        table(np.arange(_COARSE) * TILE + first),
-        table(coarse),
-        table([BLOCK, TILE * warps - (TILE - BLOCK)]),
+        jnp.stack(nuq.turns_of_first(first, shard, np.arange(_COARSE) * step, frequencies), axis=-1),
+        table(np.arange(-(-tiles // _COARSE)) * (_COARSE * step)),
+        table([BLOCK, step * warps - (TILE - BLOCK)]),
     ]
 
 

@@ -36,7 +36,9 @@ def nuq_decode_attention(
     *,
     scale: float,
     inverse_frequencies: tuple[float, ...] | None = None,
-    first_position: int = 0,
+    first_position: int | tuple[int, ...] = 0,
+    tile_stride: int = 1,
+    shard: Array | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -61,8 +63,9 @@ def nuq_decode_attention(
         starts = np.minimum(np.arange(-(-tokens // chunk)) * chunk, tokens - chunk)
         turns = None
         if inverse_frequencies is not None:
-            of_chunks = nuq.angles(first_position + starts, inverse_frequencies)
-            turns = [jnp.asarray(x) for x in (*of_chunks, *nuq.angles(np.arange(chunk), inverse_frequencies))]
+            offsets, places = (nuq.positions_of(slots, tile_stride) for slots in (starts, np.arange(chunk)))
+            of_chunks = nuq.turns_of_first(first_position, shard, offsets, inverse_frequencies)
+            turns = [*of_chunks, *(jnp.asarray(x) for x in nuq.angles(places, inverse_frequencies))]
 
         entries = nuq.value_entries(value_codebook, q.dtype)
 

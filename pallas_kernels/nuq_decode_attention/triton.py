@@ -103,7 +103,9 @@ def nuq_decode_attention(
     *,
     scale: float,
     inverse_frequencies: tuple[float, ...] | None = None,
-    first_position: int = 0,
+    first_position: int | tuple[int, ...] = 0,
+    tile_stride: int = 1,
+    shard: Array | None = None,
     exact: Sequence[ExactTokens] = (),
     exact_q: Float[Array, "B Hq D"] | None = None,
     num_splits: int | None = None,
@@ -125,7 +127,7 @@ def nuq_decode_attention(
     dtype = jnp.float32 if q.dtype == jnp.float32 else jnp.float16
     turns = None
     if inverse_frequencies is not None:
-        turns = _turns(tokens, config.tokens, first_position, inverse_frequencies, dtype)
+        turns = _turns(tokens, config.tokens, first_position, tile_stride, shard, inverse_frequencies, dtype)
     refs = _Refs(
         q.reshape(rows, group, dim),
         _words(key_codes),
@@ -202,14 +204,25 @@ def _pools(words: UInt32[Array, "B Hkv tiles slots"] | None) -> Int32[Array, "R 
     return lax.bitcast_convert_type(words.reshape(-1, *words.shape[2:]), jnp.int32)
 
 
-def _turns(tokens: int, tile: int, first_position: int, inverse_frequencies: tuple[float, ...], dtype) -> _Turns:
+def _turns(
+    tokens: int,
+    tile: int,
+    first_position: int | tuple[int, ...],
+    tile_stride: int,
+    shard: Array | None,
+    inverse_frequencies: tuple[float, ...],
+    dtype,
+) -> _Turns:
     tiles = -(-tokens // tile)
-    of_tiles = [
-        jnp.asarray(x)
-        for positions in (first_position + np.arange(-(-tiles // _FINE)) * _FINE * tile, np.arange(_FINE) * tile)
-        for x in nuq.angles(positions, inverse_frequencies)
-    ]
-    return _Turns(*of_tiles, *(jnp.asarray(x, dtype) for x in nuq.angles(np.arange(nuq.TILE), inverse_frequencies)))
+    coarse, fine = (
+        nuq.positions_of(slots, tile_stride)
+        for slots in (np.arange(-(-tiles // _FINE)) * _FINE * tile, np.arange(_FINE) * tile)
+    )
+    return _Turns(
+        *nuq.turns_of_first(first_position, shard, coarse, inverse_frequencies),
+        *(jnp.asarray(x) for x in nuq.angles(fine, inverse_frequencies)),
+        *(jnp.asarray(x, dtype) for x in nuq.angles(np.arange(nuq.TILE), inverse_frequencies)),
+    )
 
 
 def _kernel(

@@ -21,6 +21,7 @@ def vq_append(
     *,
     sink: int = 0,
     sinks: tuple[Float[Array, "B H sink D"], Float[Array, "B H sink D"]] | None = None,
+    slots: Int32[Array, "B"] | None = None,
     mean: Float[Array, "H D"] | None = None,
     scale: Float[Array, "H D"] | None = None,
     matrix: Float[Array, "H D D"] | None = None,
@@ -42,6 +43,8 @@ def vq_append(
         key_codebook, value_codebook: centroids, of every head or of all (first axis 1).
         sink: tokens at the start that are never coded.
         sinks: arrays for keys and values of these, position q in slot q, into which the new token goes if it is one.
+        slots: in place of p - W - sink, the slot of each row's pushed-out token; outside the codes (-1, say): it is
+            dropped. For a cache that holds some of the tokens.
         mean, scale, matrix, hadamard: the keys' transform, as `vq_encode` takes it; values have none.
         implementation: "mosaic_gpu", "xla", or None for the best on the default device.
         interpret: run Pallas kernels in interpret mode (on a CPU, for tests).
@@ -57,7 +60,7 @@ def vq_append(
     if k.ndim != 3:
         raise ValueError(f"vq_append: k must be [B, H, D], got {k.shape}")
     batch, heads, dim = k.shape
-    window, slots = ring_keys.shape[2:3], key_codes.shape[2:3]
+    window, held = ring_keys.shape[2:3], key_codes.shape[2:3]
     row = jax.ShapeDtypeStruct((batch, 1, heads, dim), ring_keys.dtype)
     check("vq_append", row, key_codebook, None, mean, scale, matrix, hadamard)
     check("vq_append", row, value_codebook)
@@ -68,9 +71,10 @@ def vq_append(
         ("v", v, (batch, heads, dim), v.dtype),
         ("ring_keys", ring_keys, (batch, heads, *window, dim), ring_keys.dtype),
         ("ring_values", ring_values, (batch, heads, *window, dim), ring_keys.dtype),
-        ("key_codes", key_codes, (batch, heads, *slots, pitches[0]), jnp.uint8),
-        ("value_codes", value_codes, (batch, heads, *slots, pitches[1]), jnp.uint8),
+        ("key_codes", key_codes, (batch, heads, *held, pitches[0]), jnp.uint8),
+        ("value_codes", value_codes, (batch, heads, *held, pitches[1]), jnp.uint8),
         ("positions", positions, (batch,), jnp.int32),
+        *((("slots", slots, (batch,), jnp.int32),) if slots is not None else ()),
         *((f"sinks[{i}]", x, (batch, heads, sink, dim), ring_keys.dtype) for i, x in enumerate(sinks or ())),
     ):
         if array.shape != want or array.dtype != dtype:
@@ -83,5 +87,5 @@ def vq_append(
     return dispatch.call(
         "vq_append", implementation, interpret,
         k, v, positions, ring_keys, ring_values, key_codes, value_codes, key_codebook, value_codebook,
-        sink=sink, sinks=sinks, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
+        sink=sink, sinks=sinks, slots=slots, mean=mean, scale=scale, matrix=matrix, hadamard=hadamard,
     )  # fmt: skip

@@ -24,6 +24,7 @@ def vq_append(
     *,
     sink: int = 0,
     sinks: tuple[Array, Array] | None = None,
+    slots: Int32[Array, "B"] | None = None,
     mean: Float[Array, "H D"] | None = None,
     scale: Float[Array, "H D"] | None = None,
     matrix: Float[Array, "H D D"] | None = None,
@@ -44,15 +45,16 @@ def vq_append(
     value, value_arrays = encoding.prepare(dtype, value_codebook, None, None, None, False, dim)
     warpgroups = max(key.warpgroups, value.warpgroups)
     problems = tuple(encoding.with_warpgroups(p, warpgroups) for p in (key, value))
+    counts = len(key_arrays), len(value_arrays)
     body = functools.partial(
-        _append, problems, heads, ring_keys.shape[2], key_codes.shape[2], sink, len(key_arrays), len(value_arrays)
+        _append, problems, heads, ring_keys.shape[2], key_codes.shape[2], sink, slots is not None, *counts
     )
     # Without a window there is no ring to write, and an empty array has no address.
     rings = [ring_keys, ring_values] if ring_keys.shape[2] else []
     kept = list(sinks) if sinks and sink else []
     out = lanes.launch(
         body,
-        [k.astype(dtype), v.astype(dtype), positions, *key_arrays, *value_arrays],
+        [k.astype(dtype), v.astype(dtype), positions, *([] if slots is None else [slots]), *key_arrays, *value_arrays],
         [],
         in_place=[*rings, key_codes, value_codes, *kept],
         blocks=2 * batch * heads,
@@ -70,23 +72,28 @@ def _append(
     window: int,
     slots: int,
     sink: int,
+    given: bool,
     of_key: int,
     of_value: int,
     *rest: Any,
 ) -> None:
     """Block 2 row + side: side 0 is the key, 1 the value, of row batch * heads + head.
 
-    rest: k, v [B, H, D]; positions [B]; what `encode` reads for keys, then for values; the rings [B, H, window, D] if
-    there are any; key and value codes [B, H, slots, bytes]; sinks [B, H, sink, D] if they are written; shared memory;
-    the block.
+    rest: k, v [B, H, D]; positions [B]; the slots to encode to [B] if given; what `encode` reads for keys, then
+    for values; the rings [B, H, window, D] if there are any; key and value codes [B, H, slots, bytes]; sinks
+    [B, H, sink, D] if they are written; shared memory; the block.
     """
     k, v, positions, *arrays, shared, block = rest
+    targets = arrays.pop(0) if given else None
     key_arrays, value_arrays = arrays[:of_key], arrays[of_key : of_key + of_value]
     written = arrays[of_key + of_value :]
     rings = [written.pop(0), written.pop(0)] if window else []
     key_codes, value_codes, *sinks = written
     row = block >> 1
     position = lanes.load(at(positions, (row // heads) << 2), 1)[0]
+    leaving = position - (window + sink)
+    if targets is not None:
+        leaving = lanes.load(at(targets, (row // heads) << 2), 1)[0]
 
     def side(which: int, arrays: Sequence[Pointer], new: Pointer, codes: Pointer) -> Callable[[Reg], Reg]:
         p, ring = problems[which], rings[which] if rings else None
@@ -96,15 +103,14 @@ def _append(
             held = fresh
             if ring is not None:
                 held = at(ring, lanes.wide_product(row * window + position % window, p.row_bytes))
-            slot = position - (window + sink)
             # Below 0 it wraps round to far above `slots`.
-            target = encoding.at_words(p, codes, row * slots + slot.minimum(slots - 1))
+            target = encoding.at_words(p, codes, row * slots + leaving.minimum(slots - 1))
 
             def encode(_: Reg) -> Reg:
                 encoding.encode(p, held, arrays, row % heads, shared, target)
                 return u32(0)
 
-            lanes.when(slot < slots, u32(0), encode)
+            lanes.when(leaving < slots, u32(0), encode)
             if ring is not None:  # what leaves was read by all before the first barrier of `encode`
                 _copy(p, fresh, held)
             if sinks:

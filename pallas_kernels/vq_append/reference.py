@@ -21,6 +21,7 @@ def vq_append(
     *,
     sink: int = 0,
     sinks: tuple[Array, Array] | None = None,
+    slots: Int32[Array, "B"] | None = None,
     mean: Float[Array, "H D"] | None = None,
     scale: Float[Array, "H D"] | None = None,
     matrix: Float[Array, "H D D"] | None = None,
@@ -36,7 +37,7 @@ def vq_append(
         ring_keys, ring_values = (
             _write(ring, new, positions % window) for ring, new in ((ring_keys, k), (ring_values, v))
         )
-    slots = positions - window - sink
+    slots = positions - window - sink if slots is None else slots
     transform: dict[str, Any] = {"mean": mean, "scale": scale, "matrix": matrix, "hadamard": hadamard}
     how: dict[str, Any] = {"implementation": None if interpret else "xla", "interpret": interpret}
     new_k = vq_encode(leaving_k[:, None], key_codebook, **transform, **how)[:, :, 0]

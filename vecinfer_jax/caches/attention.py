@@ -5,7 +5,7 @@ slots, so what is in memory beside the cache does not grow with it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import ExactTokens, split_k
 from pallas_kernels.exact import attend_exactly, product
+from vecinfer_jax.caches import stripes
+from vecinfer_jax.caches.base import NO_AXES, MeshAxes
 
 QUERY_BLOCK = 256
 # Slots of a cache that a chunk of prompt reads at a time, fewer where one of these would be exceeded: elements of the
@@ -75,25 +77,25 @@ def cudnn_serves(q: Float[Array, "*batch D"]) -> bool:
 
 
 def causal_attention(
-    q: Float[Array, "B T Hq D"],
+    q: Float[Array, "B N Hq D"],
     k: Float[Array, "B T Hkv D"],
     v: Float[Array, "B T Hkv D"],
     lengths: Int[Array, "B"],
     scale: float,
-) -> Float[Array, "B T Hq D"]:
-    """Exact attention of a prompt over itself; rows at and beyond `lengths` are padding (finite, meaningless)."""
+    axes: MeshAxes = NO_AXES,
+) -> Float[Array, "B N Hq D"]:
+    """Exact attention of a prompt over itself; rows at and beyond `lengths` are padding (finite, meaningless).
+
+    Where `axes` splits it, k and v are the whole prompt's and q this device's share (`stripes.prompt_share`).
+    """
+    pieces = stripes.prompt_pieces(axes)
+    if cudnn_serves(q) and pieces > 1:
+        firsts = stripes.prompt_share(jnp.arange(pieces)[None] * (k.shape[1] // pieces), axes)[0]
+        parts = zip(jnp.split(q, 2, axis=1), firsts, strict=True)
+        return jnp.concatenate([_cudnn_piece(part, k, v, lengths, first, scale) for part, first in parts], axis=1)
     if cudnn_serves(q):
-        return jax.nn.dot_product_attention(
-            q,
-            k,
-            v,
-            scale=scale,
-            is_causal=True,
-            key_value_seq_lengths=lengths.astype(jnp.int32),
-            query_seq_lengths=lengths.astype(jnp.int32),
-            implementation="cudnn",
-        )
-    positions = jnp.arange(q.shape[1])
+        return cudnn_attention(q, k, v, lengths, scale, causal=True)
+    positions = jnp.arange(k.shape[1])
     readable = positions[None, :] < lengths[:, None]
     k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
 
@@ -102,7 +104,58 @@ def causal_attention(
         s = jnp.where(mask[:, None, None], scores(q_rows, k, scale), MASKED)
         return combine(jax.nn.softmax(s, axis=-1), v).astype(q.dtype)
 
-    return by_query_blocks(block, positions[None], q)
+    return by_query_blocks(block, stripes.prompt_share(positions[None], axes), q)
+
+
+def cudnn_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    lengths: Int[Array, "B"],
+    scale: float,
+    causal: bool = False,
+) -> Float[Array, "B T Hq D"]:
+    """cuDNN's flash attention over the first `lengths` tokens."""
+    return jax.nn.dot_product_attention(q, k, v, **_cudnn(lengths, scale, causal))
+
+
+def partial_cudnn_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B S Hkv D"],
+    v: Float[Array, "B S Hkv D"],
+    lengths: Int[Array, "B"],
+    scale: float,
+    causal: bool = False,
+) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
+    """The same and the log-sum-exp, ready to be merged."""
+    some = jnp.maximum(lengths, 1)  # what reads no token at all is undefined
+    out, lse = jax.nn.dot_product_attention(q, k, v, return_residual=True, **_cudnn(some, scale, causal))
+    return out, jnp.where(lengths[:, None, None] > 0, lse, split_k.EMPTY)
+
+
+def _cudnn(lengths: Int[Array, "B"], scale: float, causal: bool) -> dict[str, Any]:
+    lengths = lengths.astype(jnp.int32)
+    how = {"scale": scale, "is_causal": causal, "key_value_seq_lengths": lengths, "implementation": "cudnn"}
+    return how | ({"query_seq_lengths": lengths} if causal else {})
+
+
+def _cudnn_piece(
+    q: Float[Array, "B N Hq D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv D"],
+    lengths: Int[Array, "B"],
+    first: Int[Array, ""],
+    scale: float,
+) -> Float[Array, "B N Hq D"]:
+    """Causal attention of the tokens first .. first + N - 1 of a prompt: over those before, and over themselves."""
+    own_k, own_v = (jax.lax.dynamic_slice_in_dim(x, first, q.shape[1], axis=1) for x in (k, v))
+    here = jnp.clip(lengths - first, 0, q.shape[1])
+    parts = (
+        partial_cudnn_attention(q, k, v, jnp.minimum(lengths, first), scale),
+        partial_cudnn_attention(q, own_k, own_v, here, scale, causal=True),
+    )
+    outputs, lses = zip(*parts, strict=True)
+    return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))[0].astype(q.dtype)
 
 
 class Source(NamedTuple):
@@ -112,6 +165,7 @@ class Source(NamedTuple):
     slots:    how many slots there are, a multiple of `multiple`.
     used:     int32[], no slot from here on holds anything; blocks beyond it are not read.
     sees(s, t, boundary): whether a query at position t reads position s from this source.
+    shards:   how many devices' slots a read returns, side by side.
     """
 
     read: Callable[[jax.Array, int], Tokens]
@@ -119,10 +173,11 @@ class Source(NamedTuple):
     used: jax.Array
     sees: Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
     multiple: int = 1
+    shards: int = 1
 
     def block(self, elements_per_slot: int) -> int:
         """Slots read at a time."""
-        most = min(KEY_BLOCK, max(BLOCK_ELEMENTS // max(elements_per_slot, 1), 128))
+        most = min(KEY_BLOCK, max(BLOCK_ELEMENTS // max(elements_per_slot, 1), 128)) // self.shards
         return min(self.slots, max(most // self.multiple, 1) * self.multiple)
 
 
@@ -157,7 +212,8 @@ def blockwise_attention(
     b, t, hq, d = q.shape
     sources = [source for source in sources if source.slots]
     blocks = [source.block(b * num_kv_heads * d) for source in sources]
-    size = min(t, QUERY_BLOCK, max(SCORE_ELEMENTS // (b * hq * max(blocks)), 16))
+    widest = max(block * source.shards for block, source in zip(blocks, sources, strict=True))
+    size = min(t, QUERY_BLOCK, max(SCORE_ELEMENTS // (b * hq * widest), 16))
     count = -(-t // size)
 
     def split(x: jax.Array) -> jax.Array:
@@ -200,7 +256,7 @@ def blockwise_attention(
             # The last block starts early where the slots are no multiple of it; what was read already is masked.
             start = jnp.minimum(i * block, source.slots - block)
             tokens = source.read(start, block)
-            new = start + jnp.arange(block) >= i * block
+            new = jnp.tile(start + jnp.arange(block) >= i * block, source.shards)
             return fold(tokens._replace(positions=jnp.where(new, tokens.positions, -1)), source.sees, carry)
 
         carry = jax.lax.fori_loop(0, (jnp.minimum(source.used, source.slots) + block - 1) // block, step, carry)

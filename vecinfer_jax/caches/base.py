@@ -31,12 +31,18 @@ ReadMode = Literal["exact", "coded"]
 class MeshAxes:
     """Names of the mesh axes that a method must reduce over; None where that axis is not split.
 
-    `data` splits the batch, `context` the cached tokens, `model` the KV heads.
+    `data` splits the batch, `context` the cached tokens, `model` the KV heads. `shards`: devices along `context`;
+    `merge`: how their parts of an attention become one (`vecinfer_jax.caches.stripes.MERGES`).
     """
 
     data: str | None = None
     context: str | None = None
     model: str | None = None
+    shards: int = 1
+    merge: str = "gather"
+
+
+NO_AXES = MeshAxes()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +56,7 @@ class LayerShape:
     rope: Rope
     index: int = 0
     num_layers: int = 1
-    axes: MeshAxes = MeshAxes()
+    axes: MeshAxes = NO_AXES
 
     @property
     def group(self) -> int:
@@ -67,8 +73,11 @@ class LayerShape:
 class Chunk:
     """The tokens in flight: a chunk of a prompt, or one token a sequence when decoding.
 
+    Where `layer.axes` names a context axis, a prompt's chunk is split over its devices: T counts this device's share
+    (`vecinfer_jax.caches.stripes.prompt_share`), as do q, k and v.
+
     positions: int32[B, T], absolute positions (a token's slot in the cache is its position).
-    lengths:   int32[B], tokens of this chunk that count; the rest of the row is padding.
+    lengths:   int32[B], tokens of the whole chunk that count; the rest of the row is padding.
     cos, sin:  float32[B, T, D/2], the rotary factors at `positions`.
     layer:     static geometry of the layer being computed.
     first:     static; True when nothing is cached yet (the chunk starts at position 0). A later chunk of a

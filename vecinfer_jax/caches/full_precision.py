@@ -13,10 +13,13 @@ from vecinfer_jax.caches.attention import (
     Tokens,
     blockwise_attention,
     causal_attention,
+    cudnn_attention,
     cudnn_serves,
     partial_attention,
+    partial_cudnn_attention,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.stripes import merged, stripes, whole_prompt
 from vecinfer_jax.rope import apply_rope
 
 
@@ -38,7 +41,7 @@ class FullPrecision(CacheMethod):
     def init(
         self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None
     ) -> FullPrecisionCache:
-        shape = (batch, capacity, layer.num_kv_heads, layer.head_dim)
+        shape = (batch, stripes(layer.axes).whole_turns(capacity), layer.num_kv_heads, layer.head_dim)
         return FullPrecisionCache(
             jnp.zeros(shape, layer.dtype), jnp.zeros(shape, layer.dtype), jnp.zeros((batch,), jnp.int32)
         )
@@ -51,28 +54,31 @@ class FullPrecision(CacheMethod):
         chunk: Chunk,
         cache: FullPrecisionCache,
     ) -> tuple[Float[Array, "B T Hq D"], FullPrecisionCache]:
+        layer, dealt = chunk.layer, stripes(chunk.layer.axes)
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
+        k, v = (whole_prompt(x, layer.axes) for x in (k, v))
         offset = jnp.arange(k.shape[1])[None, :]
         slot = jnp.where(offset < chunk.lengths[:, None], cache.lengths[:, None] + offset, -1)
+        place, own_k, own_v = dealt.own(cache.lengths, slot, k, v)
         cache = FullPrecisionCache(
-            _write(cache.keys, k, slot),
-            _write(cache.values, v, slot),
+            _write(cache.keys, own_k, place),
+            _write(cache.values, own_v, place),
             cache.lengths + chunk.lengths,
         )
-        scale = chunk.layer.scale
         if chunk.first:
-            return causal_attention(q, k, v, chunk.lengths, scale), cache
+            return causal_attention(q, k, v, chunk.lengths, layer.scale, layer.axes), cache
 
         def read(start: jax.Array, size: int) -> Tokens:
-            slots = start + jnp.arange(size)[None, :]
+            slots = dealt.slot(start + jnp.arange(size))[None, :]
             keys, values = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (cache.keys, cache.values))
-            return Tokens(
-                keys.swapaxes(1, 2), values.swapaxes(1, 2), jnp.where(slots < cache.lengths[:, None], slots, -1)
-            )
+            held_at = jnp.where(slots < cache.lengths[:, None], slots, -1)
+            keys, values = (dealt.gathered(x.swapaxes(1, 2), 2) for x in (keys, values))
+            return Tokens(keys, values, dealt.gathered(held_at, 1))
 
-        held = Source(read, cache.keys.shape[1], jnp.max(cache.lengths), lambda s, t, boundary: s >= boundary)
+        used = jnp.max(dealt.most_held(cache.lengths))
+        held = Source(read, cache.keys.shape[1], used, lambda s, t, boundary: s >= boundary, shards=dealt.shards)
         start = jnp.zeros_like(chunk.positions)
-        return blockwise_attention(q, chunk.positions, start, [held], chunk.layer.num_kv_heads, scale), cache
+        return blockwise_attention(q, chunk.positions, start, [held], layer.num_kv_heads, layer.scale), cache
 
     def decode(
         self,
@@ -82,13 +88,14 @@ class FullPrecision(CacheMethod):
         chunk: Chunk,
         cache: FullPrecisionCache,
     ) -> tuple[Float[Array, "B Hq D"], FullPrecisionCache]:
+        axes, dealt = chunk.layer.axes, stripes(chunk.layer.axes)
         cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         at = chunk.positions[:, 0]
-        keys = _write(cache.keys, k[:, None], at[:, None])
-        values = _write(cache.values, v[:, None], at[:, None])
-        out = _decode_attention(q, keys, values, at + 1, chunk.layer.scale)
-        return out, FullPrecisionCache(keys, values, at + 1)
+        place = dealt.place(at[:, None])
+        keys, values = _write(cache.keys, k[:, None], place), _write(cache.values, v[:, None], place)
+        part = _decode_attention(q, keys, values, dealt.held(at + 1), chunk.layer)
+        return merged(*part, axes).astype(q.dtype), FullPrecisionCache(keys, values, at + 1)
 
     def bits_per_element(self, layer: LayerShape) -> float:
         return 8.0 * jnp.dtype(layer.dtype).itemsize
@@ -108,19 +115,13 @@ def _decode_attention(
     keys: Float[Array, "B S Hkv D"],
     values: Float[Array, "B S Hkv D"],
     lengths: Int[Array, "B"],
-    scale: float,
-) -> Float[Array, "B Hq D"]:
-    """One token a sequence over the first `lengths` slots."""
+    layer: LayerShape,
+) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"] | None]:
+    """One token a sequence over the first `lengths` slots: output and, where others are to be merged, log-sum-exp."""
     if cudnn_serves(q):
-        out = jax.nn.dot_product_attention(
-            q[:, None],
-            keys,
-            values,
-            scale=scale,
-            key_value_seq_lengths=lengths.astype(jnp.int32),
-            implementation="cudnn",
-        )
-        return out[:, 0]
+        if layer.axes.context is None:
+            return cudnn_attention(q[:, None], keys, values, lengths, layer.scale)[:, 0], None
+        out, lse = partial_cudnn_attention(q[:, None], keys, values, lengths, layer.scale)
+        return out[:, 0], lse[:, 0]
     valid = jnp.arange(keys.shape[1])[None, :] < lengths[:, None]
-    out, _ = partial_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), valid, scale)
-    return out.astype(q.dtype)
+    return partial_attention(q, keys.swapaxes(1, 2), values.swapaxes(1, 2), valid, layer.scale)

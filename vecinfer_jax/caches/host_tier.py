@@ -24,6 +24,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from pallas_kernels import attend_rows, dispatch, fetch_channels, select_tokens
+from pallas_kernels.exact import rounded
 from pallas_kernels.host_tier.reference import best_rows
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.attention import (
@@ -219,17 +220,17 @@ class SparseLayer(WindowedMethod):
         return out, _predicting(cache, None)
 
     def attend_cache(
-        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         store = cache.store
         predicted = self.index_query(q if store.predicted is None else store.predicted[:, 0], store)
         channels = self.critical_channels(_group_mean(predicted, layer), store.key_abs_max)
-        count = self.coded_count(cache.lengths).astype(jnp.int32)
+        count = self.held(cache, layer)
         rows = select_tokens(
             self.index_query(q, store), self.fetch(store, channels), channels, count, tokens=self.tokens,
             **self._how("select_tokens"),
         )  # fmt: skip
-        return self.attend_chosen(q, rows, cache, layer)
+        return rounded(*self.attend_chosen(q, rows, cache, layer), dtype)
 
     def fetch(self, store: HostStore, channels: Int[Array, "B Hkv c"]) -> Float[Array, "B Hkv c S"]:
         """Those channels of all keys."""
@@ -237,11 +238,11 @@ class SparseLayer(WindowedMethod):
 
     def attend_chosen(
         self, q: Float[Array, "B Hq D"], rows: Int[Array, "B Hkv k"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
-        """Attention over rows of the host and the exact tokens."""
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+        """Attention over rows of the host and the exact tokens: output and log-sum-exp."""
         held = cache.store.keys, cache.store.values
         how = self._how("attend_rows")
-        return attend_rows(q, *held, rows, self.exact_tokens(cache), scale=layer.scale, **how)[0]
+        return attend_rows(q, *held, rows, self.exact_tokens(cache, layer), scale=layer.scale, **how)
 
     def critical_channels(
         self, mean: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
@@ -393,13 +394,13 @@ class CodedSparseLayer(SparseLayer):
 
     def attend_chosen(
         self, q: Float[Array, "B Hq D"], rows: Int[Array, "B Hkv k"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         """The codes come to the device, and VecInfer's attention reads them there."""
         store, how = cache.store, self._how("fetch_channels")
         key_codes, value_codes = (fetch_channels(x, jnp.maximum(rows, 0), **how) for x in (store.keys, store.values))
         there = jnp.sum(rows[:, 0] >= 0, axis=-1)  # as many in every head, and they come first
         codes = dataclasses.replace(store.codebooks, key_codes=key_codes, value_codes=value_codes)
-        return self.codes.attend_codes(q, codes, there, self.exact_tokens(cache), layer)
+        return self.codes.attend_codes(q, codes, there, self.exact_tokens(cache, layer), layer, layer.dtype)
 
     def read(
         self, store: HostStore, start: Int[Array, ""], size: int, layer: LayerShape

@@ -130,6 +130,8 @@ class KIVI(WindowedMethod):
         at: Int[Array, "B"],
         layer: LayerShape,
     ) -> WindowedCache:
+        if self.stripes(layer).axis is not None:  # the kernel knows the slots of a whole cache only
+            return super().push_token(cache, k, v, at, layer)
         store = cache.store
         ring_keys, ring_values, *rest = group_int_append(
             k,
@@ -173,8 +175,8 @@ class KIVI(WindowedMethod):
         return keys.astype(layer.dtype), values.astype(layer.dtype)
 
     def attend_cache(
-        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         store = cache.store
         return group_int_decode_attention(
             q,
@@ -182,11 +184,11 @@ class KIVI(WindowedMethod):
             store.key_scale_zero,
             store.value_codes,
             store.value_scale_zero,
-            self.coded_count(cache.lengths).astype(jnp.int32),
+            self.held(cache, layer),
             layout=self.layout(layer.head_dim),
             scale=layer.scale,
-            exact=self.exact_tokens(cache),
-            out_dtype=q.dtype,
+            exact=self.exact_tokens(cache, layer),
+            out_dtype=dtype,
             implementation=self.implementation,
             interpret=self.interpret,
-        )[0]
+        )

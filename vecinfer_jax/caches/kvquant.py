@@ -45,7 +45,8 @@ class KVQuantStore:
     key_entries, value_entries:   float32[2^bits], which they are read with (Q-Norm; else the same); values' rounded to
                                   bfloat16 in 16-bit models (`nuq.value_entries`).
     reach:                        float32[2], how far beyond the rest a token's keys, values are outliers, in widths.
-    key_overflow, value_overflow: int32[B], outliers that found no slot and were clipped to the range.
+    key_overflow, value_overflow: int32[B, Hkv, shards], outliers that found no slot and were clipped to the range; of
+                                  every device by itself.
     """
 
     key_codes: UInt8[Array, "B Hkv S bytes"] = array_field("codes")
@@ -63,8 +64,8 @@ class KVQuantStore:
     key_entries: Float32[Array, "K"] = array_field("codebooks")
     value_entries: Float32[Array, "K"] = array_field("codebooks")
     reach: Float32[Array, "2"] = array_field("codebooks")
-    key_overflow: Int[Array, "B"] = array_field("state")
-    value_overflow: Int[Array, "B"] = array_field("state")
+    key_overflow: Int[Array, "B Hkv shards"] = array_field("state")
+    value_overflow: Int[Array, "B Hkv shards"] = array_field("state")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,8 +220,8 @@ class KVQuant(WindowedMethod):
             key_entries=entries("key"),
             value_entries=nuq.value_entries(entries("value"), layer.dtype),
             reach=fitted("reach"),
-            key_overflow=jnp.zeros((batch,), jnp.int32),
-            value_overflow=jnp.zeros((batch,), jnp.int32),
+            key_overflow=jnp.zeros((batch, heads, layer.axes.shards), jnp.int32),
+            value_overflow=jnp.zeros((batch, heads, layer.axes.shards), jnp.int32),
         )
 
     # -- encoding
@@ -236,7 +237,7 @@ class KVQuant(WindowedMethod):
         most = self.most_outliers(layer)
         keys, values = k.astype(jnp.float32), v.astype(jnp.float32)
         if self.rope == "pre":  # slot n holds position sink + n
-            cos, sin = layer.rope.cos_sin(jnp.maximum(slots, 0) + self.sink)
+            cos, sin = layer.rope.cos_sin(self.stripes(layer).slot(jnp.maximum(slots, 0)) + self.sink)
             keys = nuq.rotate(keys, cos[:, :, None], -sin[:, :, None])
         changes: dict[str, Any] = {}
 
@@ -254,7 +255,7 @@ class KVQuant(WindowedMethod):
                 if self.capped:
                     pool, lost = put_outliers(getattr(store, f"{which}_outliers"), difference, slots)
                     changes[f"{which}_outliers"] = pool
-                    changes[f"{which}_overflow"] = getattr(store, f"{which}_overflow") + lost
+                    changes[f"{which}_overflow"] = getattr(store, f"{which}_overflow") + lost[..., None]
                 else:
                     name = f"{which}_residual"
                     changes[name] = write_chunk(getattr(store, name), difference, slots)
@@ -263,7 +264,7 @@ class KVQuant(WindowedMethod):
         def code_tokens(which: str, x: Array, reach: Array) -> Int[Array, "B T Hkv D"]:
             """The same by a range for each token."""
             flat = jnp.clip(x, -nuq.LARGEST, nuq.LARGEST).reshape(*x.shape[:2], -1)
-            scale_zero, outside = token_ranges(flat, most, reach)
+            scale_zero, outside = token_ranges(flat, most, reach, layer.axes.model)
             held = getattr(store, f"{which}_scale_zero")
             changes[f"{which}_scale_zero"] = write_chunk(held[:, None], scale_zero[:, :, None], slots)[:, 0]
             scale, zero = (scale_zero[:, :, None, i, None].astype(jnp.float32) for i in range(2))
@@ -282,8 +283,9 @@ class KVQuant(WindowedMethod):
         )
 
     def most_outliers(self, layer: LayerShape) -> int:
-        """Outliers that a token may have at each end of its range, over all KV heads."""
-        return most_outliers(self.outliers, layer.num_kv_heads * layer.head_dim)
+        """Outliers that a token may have at each end of its range, over all KV heads, those of other devices too."""
+        devices = 1 if layer.axes.model is None else jax.lax.axis_size(layer.axes.model)
+        return most_outliers(self.outliers, devices * layer.num_kv_heads * layer.head_dim)
 
     # -- reading
 
@@ -311,16 +313,18 @@ class KVQuant(WindowedMethod):
             keys += read_slots(store.key_residual, start, size).astype(jnp.float32)
             values += read_slots(store.value_residual, start, size).astype(jnp.float32)
         if self.rope == "pre":
-            keys = nuq.rotate(keys, *layer.rope.cos_sin(self.sink + start + jnp.arange(size)))
+            slots = self.stripes(layer).slot(start + jnp.arange(size))
+            keys = nuq.rotate(keys, *layer.rope.cos_sin(self.sink + slots))
         return keys.astype(layer.dtype), values.astype(layer.dtype)
 
     def attend_cache(
-        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
-        store = cache.store
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+        store, dealt = cache.store, self.stripes(layer)
         if not self.fused:
-            return super().attend_cache(q, cache, layer)
-        pre = self.rope == "pre"
+            return super().attend_cache(q, cache, layer, dtype)
+        pre, split = self.rope == "pre", dealt.axis is not None
+        firsts = tuple(self.sink + i * nuq.TILE for i in range(dealt.shards))  # stripes are tiles
         return nuq_decode_attention(
             q,
             store.key_codes,
@@ -332,15 +336,17 @@ class KVQuant(WindowedMethod):
             store.value_scale_zero,
             store.key_outliers,
             store.value_outliers,
-            self.coded_count(cache.lengths).astype(jnp.int32),
+            self.held(cache, layer),
             scale=layer.scale,
             inverse_frequencies=tuple(layer.rope.inverse_frequencies().tolist()) if pre else None,
-            first_position=self.sink,
-            exact=self.exact_tokens(cache),
-            out_dtype=q.dtype,
+            first_position=firsts if split else self.sink,
+            tile_stride=dealt.shards,
+            shard=dealt.index if split else None,
+            exact=self.exact_tokens(cache, layer),
+            out_dtype=dtype,
             implementation=self.implementation,
             interpret=self.interpret,
-        )[0]
+        )
 
     def outliers_held(self, store: KVQuantStore) -> Int[Array, "2"]:
         held = [store.key_outliers, store.value_outliers, store.key_residual, store.value_residual]
@@ -448,44 +454,51 @@ def most_outliers(outliers: float, elements: int) -> int:
 
 
 def token_ranges(
-    x: Float32[Array, "*tokens n"], most: int, reach: Float32[Array, ""] | float
+    x: Float32[Array, "*tokens n"], most: int, reach: Float32[Array, ""] | float, axis: str | None = None
 ) -> tuple[Float16[Array, "*tokens 2"], Bool[Array, "*tokens n"]]:
     """Scale and zero of each token's range and which elements are its outliers, at most `most` at each end.
 
     The range without the `most` largest and smallest elements is what an outlier must exceed, by `reach` times its
     width. Where the wanted share is not a whole number of outliers a token (0.1% of 192 elements is 0.096 at each end),
     the reach is calibrated (`outlier_reach`): tokens that have elements far out keep them, and others keep none.
+    `axis`: a mesh axis whose devices hold the tokens' other elements.
     """
-    outside = jnp.zeros(x.shape, bool)
-    if most:
-        high, low = _inner_range(x, most)
-        beyond = reach * (high - low)
-        outside = (x > high + beyond) | (x < low - beyond)
-    high = jnp.max(jnp.where(outside, -jnp.inf, x), axis=-1)
-    low = jnp.min(jnp.where(outside, jnp.inf, x), axis=-1)
-    return jnp.stack([(high - low) / 2, (high + low) / 2], axis=-1).astype(jnp.float16), outside
+    largest, smallest = _extremes(x, most, axis)
+    high, low = largest[..., -1:], smallest[..., -1:]
+    beyond = reach * (high - low)
+    above, below = high + beyond, low - beyond
+    top = jnp.max(jnp.where(largest > above, -jnp.inf, largest), axis=-1)
+    bottom = jnp.min(jnp.where(smallest < below, jnp.inf, smallest), axis=-1)
+    scale_zero = jnp.stack([(top - bottom) / 2, (top + bottom) / 2], axis=-1).astype(jnp.float16)
+    return scale_zero, (x > above) | (x < below)
 
 
 def outlier_reach(x: Float32[Array, "N n"], most: int, outliers: float) -> Float32[Array, ""]:
     """The `reach` with which a share `outliers` of the elements of these tokens are outliers."""
-    high, low = _inner_range(x, most)
+    largest, smallest = _extremes(x, most)
+    high, low = largest[..., -1:], smallest[..., -1:]
     width = jnp.maximum(high - low, jnp.finfo(jnp.float32).tiny)
-    above = (jax.lax.top_k(x, most)[0] - high) / width
-    below = (low + jax.lax.top_k(-x, most)[0]) / width
+    above = (largest[..., :-1] - high) / width
+    below = (low - smallest[..., :-1]) / width
     share = min(outliers / 2 * x.shape[-1] / most, 1.0)
     return jnp.maximum(jnp.quantile(jnp.stack([above, below]), 1 - share), 0.0)
 
 
-def _inner_range(x: Float32[Array, "*tokens n"], most: int) -> tuple[Array, Array]:
-    """Largest and smallest element, [*tokens, 1], but for the `most` at each end."""
-    return jax.lax.top_k(x, most + 1)[0][..., -1:], -jax.lax.top_k(-x, most + 1)[0][..., -1:]
+def _extremes(x: Float32[Array, "*tokens n"], most: int, axis: str | None = None) -> tuple[Array, Array]:
+    """The most + 1 largest elements of each token, falling, and the smallest, rising: [*tokens, most + 1]."""
+    ends = jnp.stack([x, -x], axis=-2)
+    found = jax.lax.top_k(ends, min(most + 1, x.shape[-1]))[0]
+    if axis is not None:  # the largest of all are among the largest of each device
+        found = jax.lax.all_gather(found, axis, axis=found.ndim - 1, tiled=True)
+        found = jax.lax.top_k(found, most + 1)[0]
+    return found[..., 0, :], -found[..., 1, :]
 
 
 def put_outliers(
     pool: UInt32[Array, "B Hkv tiles slots"], difference: Float16[Array, "B T Hkv D"], slots: Int[Array, "B T"]
-) -> tuple[UInt32[Array, "B Hkv tiles slots"], Int[Array, "B"]]:
+) -> tuple[UInt32[Array, "B Hkv tiles slots"], Int[Array, "B Hkv"]]:
     """The pools with the differences that are not 0 in the next free slots of their tiles, in token order and then by
-    channel; and how many of each row found none.
+    channel; and how many of each row and head found none.
 
     A row's tokens stand in consecutive slots of the cache, from slots[b, 0] on; those of slot -1 have no differences.
     """
@@ -509,4 +522,4 @@ def put_outliers(
     rows, columns = jnp.arange(b)[:, None, None, None], jnp.arange(heads)[None, :, None, None]
     slot = jnp.where(held, rank, size)
     pool = pool.at[rows, columns, tile[:, None, :, None], slot].set(words, mode="drop")
-    return pool, jnp.sum(held & (rank >= size), axis=(1, 2, 3))
+    return pool, jnp.sum(held & (rank >= size), axis=(2, 3))

@@ -250,7 +250,8 @@ class VecInfer(VectorQuantisedMethod):
         at: Int[Array, "B"],
         layer: LayerShape,
     ) -> WindowedCache:
-        store = cache.store
+        store, dealt = cache.store, self.stripes(layer)
+        slots = None if dealt.axis is None else dealt.place(at - self.residual - self.sink).astype(jnp.int32)
         ring_keys, ring_values, key_codes, value_codes, *sinks = vq_append(
             k,
             v,
@@ -263,6 +264,7 @@ class VecInfer(VectorQuantisedMethod):
             store.value_codebook,
             sink=self.sink,
             sinks=(cache.sink_keys, cache.sink_values),
+            slots=slots,
             **self._key_transform(store),
             **self._how("vq_append"),
         )
@@ -293,10 +295,10 @@ class VecInfer(VectorQuantisedMethod):
         return self.restore_key(keys, store).astype(layer.dtype), values.astype(layer.dtype)
 
     def attend_cache(
-        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
-        count = self.coded_count(cache.lengths)
-        return self.attend_codes(q, cache.store, count, self.exact_tokens(cache), layer)
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+        exact = self.exact_tokens(cache, layer)
+        return self.attend_codes(q, cache.store, self.held(cache, layer), exact, layer, dtype)
 
     def attend_codes(
         self,
@@ -305,8 +307,9 @@ class VecInfer(VectorQuantisedMethod):
         count: Int[Array, "B"],
         exact: Sequence[ExactTokens],
         layer: LayerShape,
-    ) -> Float[Array, "B Hq D"]:
-        """One query (after RoPE) a sequence over its first count[b] codes and the exact tokens."""
+        dtype: Any,
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+        """One query (after RoPE) a sequence over its first count[b] codes and the exact ones: output, log-sum-exp."""
         fused = self.fuses_queries
         return vq_decode_attention(
             q if fused else self.transform_query(q, store),
@@ -321,9 +324,9 @@ class VecInfer(VectorQuantisedMethod):
             query_map=store.query_map,
             exact=exact,
             exact_q=q,
-            out_dtype=q.dtype,
+            out_dtype=dtype,
             **self._how("vq_decode_attention"),
-        )[0]
+        )
 
     # -- calibration (section 4.1)
 

@@ -15,7 +15,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import ExactTokens
-from pallas_kernels.exact import merge_exact
+from pallas_kernels.exact import merge_exact, rounded
 from vecinfer_jax.caches.attention import (
     Source,
     Tokens,
@@ -27,6 +27,7 @@ from vecinfer_jax.caches.attention import (
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_ring, write_chunk, write_token
+from vecinfer_jax.caches.stripes import Stripes, merged, part_dtype, stripes, whole_prompt
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.rope import apply_rope
 
@@ -38,7 +39,8 @@ class WindowedCache:
     """Codes beside a ring of exact recent tokens and the exact sinks.
 
     store:        the method's codes and codebooks; coded slot n holds position sink + n.
-    slots:        static, how many coded slots there are.
+    slots:        static, how many coded slots there are, on all devices of a context axis together; each of them holds
+                  its own (`vecinfer_jax.caches.stripes`), and the window and the sinks whole.
     ring_*:       [B, Hkv, W, D], W = residual + group - 1, position p in slot p % W; keys after RoPE.
     sink_*:       [B, Hkv, sink, D], position p in slot p.
     lengths:      int32[B], tokens seen.
@@ -103,14 +105,15 @@ class WindowedMethod(CacheMethod):
     ) -> Store:
         """Encodes tokens (keys after RoPE) into the given coded slots; slots outside the store are dropped.
 
-        T is a multiple of `token_group`, and each group's slots are consecutive from a multiple of it, or all -1.
+        T is a multiple of `token_group`, and each group's slots are consecutive from a multiple of it, or all -1. On
+        a device that holds some of the slots, these are places of its own: `self.stripes(layer).slot` knows which.
         """
 
     @abc.abstractmethod
     def read(
         self, store: Store, start: Int[Array, ""], size: int, layer: LayerShape
     ) -> tuple[Float[Array, "B Hkv size D"], Float[Array, "B Hkv size D"]]:
-        """Coded slots start .. start + size - 1 as keys (after RoPE) and values; start and size are whole groups."""
+        """Coded slots (places) start .. start + size - 1 as keys (after RoPE) and values; whole groups."""
 
     def attend(
         self, q: Float[Array, "B Hq D"], store: Store, count: Int[Array, "B"], slots: int, layer: LayerShape
@@ -132,13 +135,17 @@ class WindowedMethod(CacheMethod):
 
     # -- the protocol
 
+    def stripes(self, layer: LayerShape) -> Stripes:
+        """How coded slots are dealt over the devices of a context axis."""
+        return stripes(layer.axes, self.token_group)
+
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> WindowedCache:
         self.validate(layer)
 
         def exact(tokens: int) -> Float[Array, "B Hkv R D"]:
             return jnp.zeros((batch, layer.num_kv_heads, tokens, layer.head_dim), layer.dtype)
 
-        slots = self.coded_slots(capacity)
+        slots = self.stripes(layer).whole_turns(self.coded_slots(capacity))
         return WindowedCache(
             self.init_store(layer, batch, slots, calibration),
             slots,
@@ -167,12 +174,14 @@ class WindowedMethod(CacheMethod):
     ) -> tuple[Float[Array, "B T Hq D"], WindowedCache]:
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
         k = self.centred(k, cache.store)
+        layer, dealt = chunk.layer, self.stripes(chunk.layer)
+        k, v, positions = (whole_prompt(x, layer.axes) for x in (k, v, chunk.positions))
         updated = self._append_chunk(k, v, chunk, cache)
         if chunk.first and chunk.read == "exact":
-            return causal_attention(q, k, v, chunk.lengths, chunk.layer.scale), updated
+            return causal_attention(q, k, v, chunk.lengths, layer.scale, layer.axes), updated
 
         t = jnp.arange(k.shape[1])[None, :]
-        here = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], chunk.positions, -1))
+        here = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], positions, -1))
         exact = here if chunk.first else join_tokens(self._joined_exact_tokens(cache), here)
         if chunk.read == "coded":
             boundary, held = self.sink + self.coded_count(chunk.positions + 1), self.coded_count(updated.lengths)
@@ -181,16 +190,24 @@ class WindowedMethod(CacheMethod):
             boundary = jnp.broadcast_to((self.sink + held)[:, None], chunk.positions.shape)
 
         def read(start: Int[Array, ""], size: int) -> Tokens:
-            slots = start + jnp.arange(size)[None, :]
-            keys, values = self.read(updated.store, start, size, chunk.layer)
-            return Tokens(keys, values, jnp.where(slots < held[:, None], slots + self.sink, -1))
+            slots = dealt.slot(start + jnp.arange(size))[None, :]
+            keys, values = self.read(updated.store, start, size, layer)
+            held_at = jnp.where(slots < held[:, None], slots + self.sink, -1)
+            return Tokens(dealt.gathered(keys, 2), dealt.gathered(values, 2), dealt.gathered(held_at, 1))
 
+        used = jnp.max(dealt.most_held(held))
         sources = [
             source_of(exact, lambda s, t, boundary: (s < self.sink) | (s >= boundary)),
-            Source(read, updated.slots, jnp.max(held), lambda s, t, boundary: s < boundary, self.token_group),
+            Source(
+                read,
+                updated.slots // dealt.shards,
+                used,
+                lambda s, t, boundary: s < boundary,
+                self.token_group,
+                dealt.shards,
+            ),
         ]
-        heads, scale = chunk.layer.num_kv_heads, chunk.layer.scale
-        return blockwise_attention(q, chunk.positions, boundary, sources, heads, scale), updated
+        return blockwise_attention(q, chunk.positions, boundary, sources, layer.num_kv_heads, layer.scale), updated
 
     def decode(
         self,
@@ -205,19 +222,29 @@ class WindowedMethod(CacheMethod):
         q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         k = self.centred(k, cache.store)
         cache = self._append_token(k, v, at, layer, cache)
-        return self.attend_cache(q, cache, layer).astype(q.dtype), cache
+        part = self.attend_cache(q, cache, layer, part_dtype(q.dtype, layer.axes))
+        return merged(*part, layer.axes).astype(q.dtype), cache
 
     def attend_cache(
-        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape
-    ) -> Float[Array, "B Hq D"]:
-        """One query (after RoPE) a sequence over all that the cache holds. A fused kernel may stand in its place."""
-        coded = self.attend(q, cache.store, self.coded_count(cache.lengths), cache.slots, layer)
-        return merge_exact(*coded, q, self.exact_tokens(cache), layer.scale)[0]
+        self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
+    ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
+        """One query (after RoPE) a sequence over all that this device's part of the cache holds: output in `dtype`, and
+        log-sum-exp. A fused kernel may stand in its place."""
+        coded = self.attend(q, cache.store, self.held(cache, layer), cache.slots // self.stripes(layer).shards, layer)
+        return rounded(*merge_exact(*coded, q, self.exact_tokens(cache, layer), layer.scale), dtype)
 
-    def exact_tokens(self, cache: WindowedCache) -> list[ExactTokens]:
-        """Sinks and ring, those of them that there are, with the slots that hold a token to be read exactly."""
+    def held(self, cache: WindowedCache, layer: LayerShape) -> Int[Array, "B"]:
+        """Coded tokens on this device."""
+        return self.stripes(layer).held(self.coded_count(cache.lengths)).astype(jnp.int32)
+
+    def exact_tokens(self, cache: WindowedCache, layer: LayerShape) -> list[ExactTokens]:
+        """Sinks and ring, those of them that there are, with the slots that hold a token to be read exactly.
+
+        All devices of a context axis hold them, and the first reads them.
+        """
+        reads = self.stripes(layer).index == 0
         parts = [cache.sink_keys, cache.ring_keys], [cache.sink_values, cache.ring_values], self._positions(cache)
-        return [ExactTokens(k, v, p >= 0) for k, v, p in zip(*parts, strict=True) if p.shape[1]]
+        return [ExactTokens(k, v, (p >= 0) & reads) for k, v, p in zip(*parts, strict=True) if p.shape[1]]
 
     # -- window bookkeeping
 
@@ -277,7 +304,8 @@ class WindowedMethod(CacheMethod):
             ring_keys, ring_values = write_token(ring_keys, k, slot), write_token(ring_values, v, slot)
         else:
             group_k, group_v = k[:, None], v[:, None]
-        store = self.append(cache.store, group_k, group_v, jnp.where(complete, slots, -1), layer)
+        places = self.stripes(layer).place(jnp.where(complete, slots, -1))
+        store = self.append(cache.store, group_k, group_v, places, layer)
         sinks = cache.sink_keys, cache.sink_values
         if self.sink:
             sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
@@ -308,7 +336,8 @@ class WindowedMethod(CacheMethod):
         if leaving:
             slots = before[:, None] + jnp.arange(leaving)[None, :]
             slots = jnp.where(slots < after[:, None], slots, -1)
-            store = self.append(store, leaving_k, leaving_v, slots, chunk.layer)
+            places, leaving_k, leaving_v = self.stripes(chunk.layer).own(before, slots, leaving_k, leaving_v)
+            store = self.append(store, leaving_k, leaving_v, places, chunk.layer)
         position = start[:, None] + jnp.arange(tokens)[None, :]
         counts = position < lengths[:, None]
         ring_keys, ring_values = cache.ring_keys, cache.ring_values

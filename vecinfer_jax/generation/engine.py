@@ -4,6 +4,7 @@ Prompt lengths are rounded up to buckets and everything else that varies (length
 steps to run) is data, so within a bucket nothing recompiles. Caches are donated from call to call.
 """
 
+import dataclasses
 import functools
 import time
 from collections.abc import Callable
@@ -13,12 +14,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float32, Int
+from jax.sharding import NamedSharding
+from jaxtyping import Array, Bool, Float32, Int, UInt32
 
 from vecinfer_jax.caches.base import CacheMethod, ReadMode, allocated_bytes
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.generation.sampling import SamplingSettings, sample
 from vecinfer_jax.models.decoder import Decoder
+from vecinfer_jax.models.network import Network
+from vecinfer_jax.parallel.mesh import Layout
+from vecinfer_jax.parallel.network import SplitNetwork
 
 CAPACITY_STEP = 128
 SMALLEST_BUCKET = 32
@@ -89,8 +94,10 @@ class Engine:
     temporaries); set it to 0 to begin anew.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, layout: Layout | None = None) -> None:
+        """With a layout, over its mesh; the decoder's axes are then the layout's."""
         self.decoder = decoder
+        self.network = Network(decoder) if layout is None else SplitNetwork(decoder, layout)
         self._programs: dict[Any, tuple[Any, int]] = {}
         self.compile_seconds = 0.0
         self.peak_bytes = 0
@@ -101,9 +108,10 @@ class Engine:
 
     def init_caches(self, calibration: Any, batch: int, capacity: int) -> Any:
         """Empty caches of every layer."""
-        init = functools.partial(_init_caches, self.decoder, batch, capacity)
+        calibration = jax.tree.map(np.asarray, calibration)
+        init, placed = self.network.init_caches(calibration, batch, capacity)
         try:
-            return self._call(("init", batch, capacity), init, (), calibration)
+            return self._call(("init", batch, capacity), init, (), calibration, placed=placed)
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error) and "allocate" not in str(error):
                 raise
@@ -134,11 +142,11 @@ class Engine:
         for start in range(0, total, size):
             piece = tokens[:, start : start + size]
             here = np.clip(lengths - start, 0, piece.shape[1]).astype(np.int32)
-            run = functools.partial(_prefill, self.decoder, start == 0, read)
+            run = functools.partial(_prefill, self.network, start == 0, read)
             name = ("prefill", start == 0, read)
             new, caches = self._call(name, run, (1,), params, caches, piece, np.int32(start), here)
-            ends_here = jnp.asarray((lengths > start) & (lengths <= start + piece.shape[1]))
-            logits = new if logits is None else jnp.where(ends_here[:, None], new, logits)
+            ends_here = (lengths > start) & (lengths <= start + piece.shape[1])
+            logits = new if logits is None else self._call("choose", jnp.where, (), ends_here[:, None], new, logits)
         assert logits is not None
         return logits, caches
 
@@ -151,10 +159,10 @@ class Engine:
         wanted: np.ndarray,
         max_new_tokens: int,
         settings: SamplingSettings,
-        stops: Int[Array, "n"],
+        stops: Int[np.ndarray, "n"] | Array,
     ) -> DecodeState:
         """Chooses the first token after the prompts."""
-        run = functools.partial(_start, max_new_tokens)
+        run = functools.partial(_start, self.network, max_new_tokens)
         return self._call(
             ("start", max_new_tokens),
             run,
@@ -169,18 +177,44 @@ class Engine:
         )
 
     def decode(
-        self, params: Any, state: DecodeState, until: int, settings: SamplingSettings, stops: Int[Array, "n"]
+        self,
+        params: Any,
+        state: DecodeState,
+        until: int,
+        settings: SamplingSettings,
+        stops: Int[np.ndarray, "n"] | Array,
     ) -> DecodeState:
         """Runs until `until` tokens are chosen or every sequence is done."""
-        run = functools.partial(_decode_loop, self.decoder)
+        run = functools.partial(_decode_loop, self.network)
         return self._call("decode", run, (1,), params, state, np.int32(until), settings, stops)
 
-    def _call(self, name: Any, function: Callable[..., Any], donate: tuple[int, ...], *args: Any) -> Any:
+    def settle(self, state: DecodeState) -> DecodeState:
+        """A state made by hand, where one that came out of a call is, so that the next compiles nothing new."""
+        return self._call("settle", self.network.settled, (0,), state)
+
+    def keys(self, seed: int, places: UInt32[np.ndarray, "B"]) -> jax.Array:
+        """A random key for each place."""
+        return self._call("keys", _keys, (), np.uint32(seed), places, placed=self.network.whole(0))
+
+    def stop(self, state: DecodeState, rows: Bool[np.ndarray, "B"]) -> DecodeState:
+        """The state with these rows done."""
+        return dataclasses.replace(state, done=self._call("stop", jnp.logical_or, (), state.done, rows))
+
+    def fetch(self, arrays: Any) -> Any:
+        """The arrays on the host, whole, whichever devices and processes hold parts of them."""
+        whole = self.network.whole(arrays)
+        return jax.tree.map(
+            np.asarray, arrays if whole is None else self._call("fetch", _same, (), arrays, placed=whole)
+        )
+
+    def _call(
+        self, name: Any, function: Callable[..., Any], donate: tuple[int, ...], *args: Any, placed: Any = None
+    ) -> Any:
         leaves, tree = jax.tree.flatten(args)
         signature = (name, tree, tuple((np.shape(x), jnp.result_type(x), _placement(x)) for x in leaves))
         if signature not in self._programs:
             begin = time.perf_counter()
-            program = jax.jit(function, donate_argnums=donate).lower(*args).compile()
+            program = jax.jit(function, donate_argnums=donate, out_shardings=placed).lower(*args).compile()
             self.compile_seconds += time.perf_counter() - begin
             self._programs[signature] = program, _bytes_of(program)
         program, held = self._programs[signature]
@@ -199,31 +233,35 @@ def _bytes_of(program: Any) -> int:
 
 def _placement(x: Any) -> Any:
     """Where an array was put on purpose: a program is compiled for the placement of its inputs."""
-    return x.sharding if getattr(x, "committed", False) else None
+    if not getattr(x, "committed", False):
+        return None
+    if not isinstance(x.sharding, NamedSharding):
+        return x.sharding
+    # The same placement may be written with and without axes that split nothing.
+    split = [axis if axis is not None and x.sharding.mesh.shape[axis] > 1 else None for axis in x.sharding.spec]
+    while split and split[-1] is None:
+        split.pop()
+    return x.sharding.mesh, tuple(split), x.sharding.memory_kind
 
 
 @functools.lru_cache(maxsize=8)
-def engine_for(decoder: Decoder) -> Engine:
-    """Engines are kept, so that a second call with the same model and method compiles nothing."""
-    return Engine(decoder)
+def engine_for(decoder: Decoder, layout: Layout | None = None) -> Engine:
+    """Engines are kept, so that a second call with the same model, method and layout compiles nothing."""
+    return Engine(decoder, layout)
 
 
-def _init_caches(decoder: Decoder, batch: int, capacity: int, calibration: Any) -> Any:
-    n = decoder.config.num_layers
-    return tuple(
-        decoder.method.for_layer(i, n).init(decoder.layer_shape(i), batch, capacity, calibration[i] or None)
-        for i in range(n)
-    )
+def _keys(seed: Any, places: Any) -> jax.Array:
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), places)
+
+
+def _same(x: Any) -> Any:
+    return x
 
 
 def _prefill(
-    decoder: Decoder, first: bool, read: ReadMode, params: Any, caches: Any, tokens: Any, start: Any, lengths: Any
+    network: Network, first: bool, read: ReadMode, params: Any, caches: Any, tokens: Any, start: Any, lengths: Any
 ) -> Any:
-    positions = start + jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape)
-    # A row whose prompt ended in an earlier chunk has length 0 here; its logits are not used.
-    return decoder.apply(
-        {"params": params}, tokens, positions, caches, lengths=lengths, first=first, read=read, logits="last"
-    )
+    return network.prefill(params, tokens, start, caches, lengths, first, read)
 
 
 def _choose(logits: Any, state_keys: Any, step: Any, settings: SamplingSettings, stops: Any) -> tuple[Any, Any, Any]:
@@ -233,11 +271,19 @@ def _choose(logits: Any, state_keys: Any, step: Any, settings: SamplingSettings,
 
 
 def _start(
-    max_new_tokens: int, logits: Any, caches: Any, lengths: Any, keys: Any, wanted: Any, settings: Any, stops: Any
+    network: Network,
+    max_new_tokens: int,
+    logits: Any,
+    caches: Any,
+    lengths: Any,
+    keys: Any,
+    wanted: Any,
+    settings: Any,
+    stops: Any,
 ) -> DecodeState:
     token, logprob, stopped = _choose(logits, keys, 0, settings, stops)
     batch = token.shape[0]
-    return DecodeState(
+    state = DecodeState(
         caches=caches,
         token=token,
         position=lengths,
@@ -247,21 +293,17 @@ def _start(
         logprobs=jnp.zeros((batch, max_new_tokens), jnp.float32).at[:, 0].set(jnp.where(wanted, logprob, 0.0)),
         keys=keys,
     )
-
-
-def _step(decoder: Decoder, params: Any, caches: Any, token: Any, position: Any) -> Any:
-    logits, caches = decoder.apply({"params": params}, token[:, None], position[:, None], caches, decode=True)
-    return logits[:, 0], caches
+    return network.settled(state)
 
 
 def _decode_loop(
-    decoder: Decoder, params: Any, state: DecodeState, until: Any, settings: SamplingSettings, stops: Any
+    network: Network, params: Any, state: DecodeState, until: Any, settings: SamplingSettings, stops: Any
 ) -> DecodeState:
     def running(state: DecodeState) -> Any:
         return (state.step < until) & ~jnp.all(state.done)
 
     def body(state: DecodeState) -> DecodeState:
-        logits, caches = _step(decoder, params, state.caches, state.token, state.position)
+        logits, caches = network.step(params, state.token, state.position, state.caches)
         token, logprob, stopped = _choose(logits, state.keys, state.step, settings, stops)
         # A finished sequence goes on feeding its last token at its last position: it stays within capacity.
         token = jnp.where(state.done, state.token, token)
@@ -277,4 +319,4 @@ def _decode_loop(
             keys=state.keys,
         )
 
-    return jax.lax.while_loop(running, body, state)
+    return network.settled(jax.lax.while_loop(running, body, network.settled(state)))

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from vecinfer_jax.caches.base import CacheMethod, allocated_bytes
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, allocated_bytes
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
@@ -20,6 +20,8 @@ from vecinfer_jax.models import LanguageModel
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.folding import fold_values
 from vecinfer_jax.models.tokenizer import IncrementalDecoder
+from vecinfer_jax.parallel.mesh import Layout, layout_of
+from vecinfer_jax.parallel.shardings import place_params
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, str]]
 
@@ -45,6 +47,7 @@ class _Options:
     prefill_chunk: int = PREFILL_CHUNK
     prefill: str = "exact"
     progress: bool = True
+    mesh: Mesh | Layout | None = None
 
 
 def stop_texts(stop: Sequence[str] | str) -> tuple[str, ...]:
@@ -109,7 +112,7 @@ class _Run:
     params: Any
     state: DecodeState
     settings: Any
-    stops: jax.Array
+    stops: np.ndarray
     prompts: list[list[int]]
     capacity: int
     prefill_seconds: float
@@ -125,13 +128,9 @@ class _Run:
 
     def rows(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, int]:
         """tokens, logprobs, done, step on the host, of the real rows."""
-        n = len(self.prompts)
-        return (
-            np.asarray(self.state.tokens)[:n],
-            np.asarray(self.state.logprobs)[:n],
-            np.asarray(self.state.done)[:n],
-            int(self.state.step),
-        )
+        n, state = len(self.prompts), self.state
+        tokens, logprobs, done, step = self.engine.fetch((state.tokens, state.logprobs, state.done, state.step))
+        return tokens[:n], logprobs[:n], done[:n], int(step)
 
 
 def generate(
@@ -151,6 +150,7 @@ def generate(
     batch_size: int | None = None,
     seeds: Sequence[int] | None = None,
     progress: bool = True,
+    mesh: Mesh | Layout | None = None,
 ) -> Generation:
     """Continues prompts.
 
@@ -171,9 +171,12 @@ def generate(
         batch_size: rows to pad the batch to, so that a smaller last batch recompiles nothing.
         seeds: place of each prompt for the purposes of `seed` (default 0, 1, 2, ...).
         progress: tell of calibration on first use.
+        mesh: run on several devices (`vecinfer_jax.parallel.make_mesh`, or a `Layout` with its settings). Weights that
+            were loaded for it (`load(mesh=)`) stay where they are. The batch is padded to a multiple of its data axis.
 
     Raises:
-        InputError: an empty prompt, an unknown setting. CapacityError: a prompt longer than fits.
+        InputError: an empty prompt, an unknown setting, a mesh that does not fit the model.
+        CapacityError: a prompt longer than fits.
     """
     options = _Options(
         method,
@@ -187,6 +190,7 @@ def generate(
         prefill_chunk,
         prefill,
         progress,
+        mesh,
     )
     stops = stop_texts(stop)
     run = _prefill(lm, _as_list(prompts), options, batch_size, seeds)
@@ -200,7 +204,7 @@ def generate(
             if found:
                 mask = np.zeros(run.state.done.shape, bool)
                 mask[found] = True
-                run.state = dataclasses.replace(run.state, done=run.state.done | mask)
+                run.state = run.engine.stop(run.state, mask)
                 done = done | mask[: len(done)]
         if done.all() or step >= max_new_tokens:
             break
@@ -332,22 +336,26 @@ def _prefill(
         raise InputError(f"a stop token id is outside the vocabulary of {lm.config.vocab_size}")
     calibration = resolve_calibration(lm, method, options.calibration, progress=options.progress)
     method = method.resolved(calibration.layers)
+    layout = None if options.mesh is None else layout_of(options.mesh)
     rows = max(batch_size or 0, len(encoded))
+    rows = rows if layout is None else round_up(rows, layout.size("data"))
     width = min(bucket(longest), capacity)
     tokens = np.zeros((rows, width), np.int32)
     lengths = np.ones((rows,), np.int32)
     for i, ids in enumerate(encoded):
         tokens[i, : len(ids)], lengths[i] = ids, len(ids)
     wanted = np.arange(rows) < len(encoded)
-    stops = jnp.asarray([*stop_ids] or [-1], jnp.int32)
+    stops = np.asarray([*stop_ids] or [-1], np.int32)
     places += [0] * (rows - len(encoded))
-    base = jax.random.key(options.seed)
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(base, jnp.asarray(places, jnp.uint32))
 
-    engine = engine_for(Decoder(lm.config, method, lm.dtype))
+    axes = NO_AXES if layout is None else layout.axes(rows, capacity)
+    engine = engine_for(Decoder(lm.config, method, lm.dtype, axes), layout)
     params = fold_values(lm, method, calibration)
+    if layout is not None:
+        params = place_params(params, lm.config, layout)
     before, engine.peak_bytes = engine.compile_seconds, 0
-    settings = sampling.settings()
+    settings = jax.tree.map(np.asarray, sampling.settings())
+    keys = engine.keys(options.seed, np.asarray(places, np.uint32))
     begin = time.perf_counter()
     caches = engine.init_caches(calibration.layers, rows, capacity)
     logits, caches = engine.prefill(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod
@@ -18,6 +19,7 @@ from vecinfer_jax.generation.engine import check_capacity
 from vecinfer_jax.generation.generate import encode_prompt, generate, stop_texts
 from vecinfer_jax.generation.sampling import Sampling
 from vecinfer_jax.models import LanguageModel
+from vecinfer_jax.parallel.mesh import Layout
 
 # How every answer begins: what stands after the last whole line is only removed if it begins like this.
 _ANSWER_START = b'{"index": '
@@ -38,6 +40,7 @@ def run_job(
     logprobs: bool = False,
     chat: bool = False,
     progress: bool = True,
+    mesh: Mesh | Layout | None = None,
 ) -> int:
     """Generates for every line of `source` that `destination` has no answer to; returns how many it did.
 
@@ -46,6 +49,7 @@ def run_job(
     {"index", "id", "text", "tokens", "finish_reason", "run"} and, if asked for, "logprobs". `index` is the line of the
     source, and decides with `seed` what is random, so an interrupted job ends with the answers of an uninterrupted
     one. `run` is a digest of prompt and settings: an answer made with others is never taken for one of this job.
+    `mesh` is `generate`'s, and none of the settings.
 
     Raises:
         InputError: a bad line (by number; nothing is generated then), or answers of another job in `destination`.
@@ -92,6 +96,7 @@ def run_job(
                 stop=stop,
                 batch_size=batch_size,
                 progress=progress,
+                mesh=mesh,
             )
             for row, index in enumerate(indices):
                 answer = {

@@ -15,17 +15,21 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import rms_norm
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCache, LayerShape, MeshAxes, ReadMode
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerCache, LayerShape, MeshAxes, ReadMode
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.models.config import ModelConfig
 
 Params = Any
-NO_AXES = MeshAxes()
 
 
 def _precision(dtype: Any) -> jax.lax.Precision | None:
     """float32 means float32, also on devices whose default would be tf32 or bfloat16 passes."""
     return jax.lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+
+
+def _reduced(partial: jax.Array, axes: MeshAxes) -> jax.Array:
+    """The product with a matrix of which every device of the model axis has some rows."""
+    return partial if axes.model is None else jax.lax.psum(partial, axes.model)
 
 
 class RMSNorm(nn.Module):
@@ -98,7 +102,7 @@ class Attention(nn.Module):
             out = out[:, None]
         else:
             out, cache = method.prefill(q, k, v, chunk, cache)
-        return self.o_proj(out), cache
+        return _reduced(self.o_proj(out), chunk.layer.axes), cache
 
 
 class FeedForward(nn.Module):
@@ -151,7 +155,7 @@ class DecoderLayer(nn.Module):
         normed = self.input_norm(x, decode)
         attended, cache = self.attention(normed, chunk, cache, method, decode)
         x, between = self.post_attention_norm.add(x, attended, decode)
-        x = x + self.feed_forward(between)
+        x = x + _reduced(self.feed_forward(between), chunk.layer.axes)
         return x, normed, cache
 
 
@@ -159,13 +163,16 @@ class Decoder(nn.Module):
     """A Llama-family language model over a cache method.
 
     Attributes: `config`, the architecture; `method`, how keys and values are kept; `dtype`, of parameters and
-    activations (logits are float32); `axes`, the mesh axes the method reduces over.
+    activations (logits are float32); `axes`, the mesh axes that are reduced over. With a model axis, this is one
+    device's share of a model (inside `shard_map`): `config` counts the heads, feed-forward channels and entries of the
+    vocabulary it has; where these are all there are, `whole_vocabulary`.
     """
 
     config: ModelConfig
     method: CacheMethod
     dtype: Any = jnp.float32
     axes: MeshAxes = NO_AXES
+    whole_vocabulary: bool = True
 
     def setup(self) -> None:
         c = self.config
@@ -199,7 +206,7 @@ class Decoder(nn.Module):
         if lengths is None:
             lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         cos, sin = c.rope.cos_sin(positions)
-        x = self.embed[tokens]
+        x = self.embed_tokens(tokens)
         previous = None
         new_caches = []
         for index, layer in enumerate(self.layers):
@@ -215,12 +222,23 @@ class Decoder(nn.Module):
             x = jnp.take_along_axis(x, (lengths - 1)[:, None, None], axis=1)[:, 0]
         return self.unembed(x), tuple(new_caches)
 
+    def embed_tokens(self, tokens: Int[Array, "*rows"]) -> Float[Array, "*rows hidden"]:
+        """The first layer's input."""
+        if self.whole_vocabulary:
+            return self.embed[tokens]
+        index = tokens - jax.lax.axis_index(self.axes.model) * self.config.vocab_size
+        here = (index >= 0) & (index < self.config.vocab_size)
+        return _reduced(jnp.where(here[..., None], self.embed[jnp.where(here, index, 0)], 0), self.axes)
+
     def unembed(self, x: Float[Array, "*rows hidden"]) -> Float[Array, "*rows V"]:
         """float32 logits from the last layer's output."""
         head = self.embed.T if self.config.tie_embeddings else self.lm_head
-        return jnp.matmul(
+        logits = jnp.matmul(
             self.final_norm(x), head, precision=_precision(self.dtype), preferred_element_type=jnp.float32
         )
+        if self.whole_vocabulary:
+            return logits
+        return jax.lax.all_gather(logits, self.axes.model, axis=logits.ndim - 1, tiled=True)
 
     def layer_shape(self, index: int) -> LayerShape:
         """Static geometry of layer `index`."""

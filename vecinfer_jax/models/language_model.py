@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ from vecinfer_jax.models.tokenizer_gguf import tokenizer_from_gguf
 from vecinfer_jax.models.weights import Params, ShardingOf, digest_of, load_params
 
 DTYPES = ("float32", "bfloat16", "float16")
+
+_Placed = Callable[[ModelConfig], ShardingOf | None]
 
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
@@ -66,12 +69,14 @@ def load(
     *,
     progress: bool = True,
     sharding: ShardingOf | None = None,
+    mesh: Any = None,
 ) -> LanguageModel:
     """Loads a model by the name of an asset, from a directory (Hugging Face or Orbax) or from a .gguf file.
 
     With huggingface_hub installed, also by its repository name on a hub ("org/model"). `dtype` is a type or
     its name; by default bfloat16 on GPUs and TPUs, float32 on CPUs. `sharding` says, by the path of a weight
-    ("layers_0/attention/q_proj/kernel"), where it goes. Raises a `VecInferError`, in one line, for whatever
+    ("layers_0/attention/q_proj/kernel"), where it goes; `mesh`, a mesh or a `vecinfer_jax.parallel.Layout`, puts each
+    where generation over that mesh wants it, one tensor at a time. Raises a `VecInferError`, in one line, for whatever
     is wrong with the name, the files or the architecture.
     """
     dtype = resolve_dtype(dtype)
@@ -81,13 +86,23 @@ def load(
     else:
         path = Path(name).expanduser()
         name = path.absolute().name.removesuffix(".gguf")
+    if sharding is not None and mesh is not None:
+        raise InputError("give sharding or mesh, not both")
+
+    def placed(config: ModelConfig) -> ShardingOf | None:
+        if mesh is None:
+            return sharding
+        from vecinfer_jax.parallel import weight_sharding
+
+        return weight_sharding(mesh, config)
+
     if path.is_dir():
-        return _load_directory(path, name, dtype, progress, sharding)
+        return _load_directory(path, name, dtype, progress, placed)
     if path.is_file() and path.suffix == ".gguf":
-        return _load_gguf(path, name, dtype, progress, sharding)
+        return _load_gguf(path, name, dtype, progress, placed)
     if not path.exists() and _HUB_NAME.fullmatch(str(name_or_path)):
         repository = str(name_or_path)
-        return _load_directory(_from_hub(repository), repository, dtype, progress, sharding)
+        return _load_directory(_from_hub(repository), repository, dtype, progress, placed)
     raise InputError(
         f"there is no model {str(name_or_path)!r}; name a directory with config.json and weights, a .gguf file, "
         f"a repository on a hub (org/model), or one of {', '.join(_model_assets())}"
@@ -125,20 +140,20 @@ def _model_assets() -> list[str]:
     return [name for name, asset in assets.ASSETS.items() if asset.kind == "model"]
 
 
-def _load_gguf(path: Path, name: str, dtype: Any, progress: bool, sharding: ShardingOf | None) -> LanguageModel:
+def _load_gguf(path: Path, name: str, dtype: Any, progress: bool, placed: _Placed) -> LanguageModel:
     file = GgufFile(path)
     config = config_from_gguf(file)
     tokenizer = tokenizer_from_gguf(file)
     source = GgufWeights(file, config)
-    params, digest = load_params(source, config, dtype, sharding=sharding, progress=progress)
+    params, digest = load_params(source, config, dtype, sharding=placed(config), progress=progress)
     return _assemble(config, params, tokenizer, dtype, name, _fingerprint(config, digest))
 
 
-def _load_directory(path: Path, name: str, dtype: Any, progress: bool, sharding: ShardingOf | None) -> LanguageModel:
+def _load_directory(path: Path, name: str, dtype: Any, progress: bool, placed: _Placed) -> LanguageModel:
     if orbax.is_orbax(path):
         config, description = orbax.read_description(path)
         tokenizer = tokenizer_from_directory(path)
-        params = orbax.load_orbax(path, config, dtype, sharding=sharding)
+        params = orbax.load_orbax(path, config, dtype, sharding=placed(config))
         name, fingerprint = description.get("name") or name, description.get("fingerprint")
         if not fingerprint:
             as_saved = orbax.load_orbax(path, config, None)
@@ -149,7 +164,7 @@ def _load_directory(path: Path, name: str, dtype: Any, progress: bool, sharding:
     config = config_from_hf(read_config(path))
     tokenizer = tokenizer_from_directory(path)
     source = HfWeights(path, config)
-    params, digest = load_params(source, config, dtype, sharding=sharding, progress=progress)
+    params, digest = load_params(source, config, dtype, sharding=placed(config), progress=progress)
     return _assemble(config, params, tokenizer, dtype, name, _fingerprint(config, digest))
 
 

@@ -1,0 +1,187 @@
+"""Attention and whole steps over several devices, beside one: Llama-3.1-8B's shapes, batch 1, in 16 bits on a GPU.
+
+    python benchmarks/parallel.py attention [--devices 2] [--tokens 196608 1048576 4194304] [--merges gather ...]
+    python benchmarks/parallel.py step      [--devices 2] [--tokens ...] [--methods vecinfer:bits=2 full]
+    python benchmarks/parallel.py largest   [--devices 2] [--tokens 10000000]
+
+`attention` times a layer's append, attention and merge in a loop on the device, each layer's queries being the output
+of the one before, for every collective that can merge, and for none ("alone": what the merge costs is the difference).
+`step` times the whole decoding loop (vecinfer_jax/bench.py). `largest` steps a cache of so many tokens in all layers
+and puts what a device holds beside what `vecinfer plan --gpus` says. Rows that the JSON file holds already and that are
+not run now stay in it.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import results
+from jax.sharding import NamedSharding, PartitionSpec
+
+from vecinfer_jax import specs
+from vecinfer_jax.bench import SHAPES, StepBench, filled, random_calibration
+from vecinfer_jax.caches import METHODS
+from vecinfer_jax.caches.base import Chunk
+from vecinfer_jax.caches.stripes import MERGES
+from vecinfer_jax.errors import VecInferError
+from vecinfer_jax.models.decoder import layer_shape
+from vecinfer_jax.models.language_model import resolve_dtype
+from vecinfer_jax.parallel import Layout, make_mesh
+from vecinfer_jax.parallel.shardings import NonEmpty, cache_specs, device_share
+from vecinfer_jax.plan import plan
+
+MODEL = "llama-3.1-8b"
+LAYERS = 4  # of the attention part: more than a device's cache memory holds of the shortest cache
+FEW, MANY = 4, 36
+ALONE = "alone"
+
+
+def attention_us(method: Any, tokens: int, layout: Layout, repeats: int) -> float:
+    """Microseconds of a layer, median of differences between a long loop and a short one."""
+    config, dtype = SHAPES[MODEL], resolve_dtype()
+    layer = dataclasses.replace(layer_shape(config, 0, dtype), axes=layout.axes(1, tokens))
+    calibration = random_calibration(config, method, 0, dtype) or None
+
+    def init() -> Any:
+        return tuple(method.init(layer, 1, tokens + 128, calibration) for _ in range(LAYERS))
+
+    shapes = jax.eval_shape(init)
+    of_caches = cache_specs(shapes, lambda axis: getattr(layer.axes, axis) is not None)
+    everywhere, here = NonEmpty(shapes), NonEmpty(device_share(shapes, of_caches, layout.mesh.shape))
+    place = jax.tree.map(functools.partial(NamedSharding, layout.mesh), of_caches, is_leaf=_is_spec)
+    held = everywhere.held(filled(jax.jit(init, out_shardings=place)(), tokens))
+
+    def loop(steps: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, held: Any) -> Any:
+        at = jnp.full((1, 1), tokens, jnp.int32)
+        cos, sin = layer.rope.cos_sin(at % layer.rope.max_position)
+        chunk = Chunk(at, jnp.ones((1,), jnp.int32), cos, sin, layer=layer, first=False)
+
+        def step(_: jax.Array, carry: Any) -> Any:
+            q, caches = carry
+            new = []
+            for cache in caches:
+                q, cache = method.decode(q, k, v, chunk, cache)
+                new.append(cache)
+            return q, tuple(new)
+
+        q, caches = jax.lax.fori_loop(0, steps, step, (q, here.whole(held)))
+        return q, here.held(caches)
+
+    whole, of_held = PartitionSpec(), everywhere.held(of_caches)
+    mapped = jax.shard_map(
+        loop,
+        mesh=layout.mesh,
+        in_specs=(whole, whole, whole, whole, of_held),
+        out_specs=(whole, of_held),
+        check_vma=False,
+    )
+    keys = jax.random.split(jax.random.key(1), 3)
+    heads = (config.num_query_heads, config.num_kv_heads, config.num_kv_heads)
+    qkv = [
+        jax.device_put(jax.random.normal(key, (1, n, config.head_dim), dtype), layout.sharding())
+        for key, n in zip(keys, heads, strict=True)
+    ]
+    program = jax.jit(mapped, donate_argnums=4)
+
+    def run(steps: int, held: Any) -> tuple[Any, float]:
+        begin = time.perf_counter()
+        _, held = jax.block_until_ready(program(jnp.int32(steps), *qkv, held))
+        return held, time.perf_counter() - begin
+
+    held, _ = run(FEW, held)
+    times = []
+    for _ in range(repeats):
+        held, few = run(FEW, held)
+        held, many = run(MANY, held)
+        times.append((many - few) / (MANY - FEW) / LAYERS * 1e6)
+    return round(statistics.median(times), 2)
+
+
+def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
+    method = specs.parse(args.methods[0] if args.methods else "vecinfer:bits=2", METHODS, "method")
+    MERGES[ALONE] = lambda output, lse, axis, shards: output
+    rows = []
+    for tokens in args.tokens or (196608, 1048576, 4194304):
+        for devices, merge in [(1, None), *((args.devices, merge) for merge in args.merges or MERGES)]:
+            layout = Layout(make_mesh(context=devices), merge=merge or "gather", split_from=0)
+            us = attention_us(method, tokens, layout, args.repeats)
+            rows.append({"method": repr(method), "tokens": tokens, "devices": devices, "merge": merge, "us": us})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def step(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for shape in ({"context": 1}, {"context": args.devices}, {"model": args.devices}):
+        layout = Layout(make_mesh(**shape), merge=(args.merges or ["gather"])[0], split_from=0)
+        bench = StepBench(SHAPES[MODEL], dtype=resolve_dtype(), layout=layout)
+        for name in args.methods or ("vecinfer:bits=2", "full"):
+            for tokens in args.tokens or (196608, 1048576):
+                rows.append(_step(bench, name, tokens, args.repeats))
+                print(json.dumps(rows[-1]), flush=True)
+        del bench
+    return rows
+
+
+def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
+    layout = Layout(make_mesh(context=args.devices))
+    bench = StepBench(SHAPES[MODEL], dtype=resolve_dtype(), layout=layout)
+    rows = []
+    for name in args.methods or ("vecinfer:bits=2",):
+        for tokens in args.tokens or (10_000_000,):
+            memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
+            method = specs.parse(name, METHODS, "method")
+            said = plan(SHAPES[MODEL], method, batch=1, tokens=tokens, memory=memory, gpus=args.devices)
+            rows.append(_step(bench, name, tokens, 1) | {"plan": dataclasses.asdict(said)})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _step(bench: StepBench, name: str, tokens: int, repeats: int) -> dict[str, Any]:
+    row = {"name": name, "tokens": tokens, "mesh": dict(bench.layout.mesh.shape) if bench.layout else None}
+    try:
+        return row | dataclasses.asdict(bench.step(specs.parse(name, METHODS, "method"), 1, tokens, repeats=repeats))
+    except VecInferError as error:
+        return row | {"error": str(error)}
+
+
+def _is_spec(x: Any) -> bool:
+    return isinstance(x, PartitionSpec)
+
+
+PARTS = {"attention": attention, "step": step, "largest": largest}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--tokens", type=int, nargs="*")
+    parser.add_argument("--methods", nargs="*")
+    parser.add_argument("--merges", nargs="*", choices=[*MERGES, ALONE])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="default: results/<device>/parallel.json")
+    args = parser.parse_args()
+    path = args.output or results.ROOT / results.device_name() / "parallel.json"
+    content = json.loads(path.read_text()) if path.exists() else {}
+    new = PARTS[args.part](args)
+    seen = [identity(row) for row in new]
+    old = [row for row in content.get(args.part, []) if identity(row) not in seen]
+    rest = {name: rows for name, rows in content.items() if name in PARTS}
+    results.write("parallel", rest | {args.part: old + new}, path)
+
+
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row is a measurement of."""
+    return tuple(str(row.get(key)) for key in ("name", "method", "tokens", "mesh", "devices", "merge"))
+
+
+if __name__ == "__main__":
+    main()
