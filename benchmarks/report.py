@@ -233,7 +233,7 @@ def tailorkv(task: str) -> Callable[[], str]:
             if task == "perplexity":
                 numbers = [
                     f"{result['perplexity']:.2f}",
-                    f"{result['kl']:.4f}",
+                    f"{max(result['kl'], 0):.4f}",
                     f"{100 * result['top1_agreement']:.1f}",
                 ]
             else:

@@ -104,6 +104,7 @@ def test_channels_are_chosen_by_the_predicted_query_and_tokens_by_the_true_one(q
         np.testing.assert_allclose(out[b], expected(FEW, q[b], k[b], v[b], other[b])[37], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_budget_beyond_the_context_is_exact_attention(qkv):
     q, k, v = qkv
     out, _ = decode_all(EVERYTHING, empty(EVERYTHING, 2, 40), q, k, v, [0, 0], 38)
@@ -347,6 +348,7 @@ def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
         np.testing.assert_array_equal(by_pair, cache.store.keys[b, :, :held].swapaxes(1, 2))
 
 
+@pytest.mark.slow
 def test_coded_layers_choose_pairs_and_read_codes(coded):
     """Decoding against the definition, with keys and values as codes read back."""
     method, calibration = coded

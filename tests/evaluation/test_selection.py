@@ -45,6 +45,7 @@ def test_shares_of_the_first_layer_are_those_of_its_softmax():
     assert result.recall_by_layer[2] < result.recall_by_layer[0] <= 1
 
 
+@pytest.mark.slow
 def test_nothing_to_measure_is_refused():
     tokens = np.asarray(small.prompts([30]), np.int32)
     with pytest.raises(InputError, match="keeps no layer"):
