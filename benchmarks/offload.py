@@ -2,9 +2,9 @@
 
     python benchmarks/offload.py [--output FILE] [--rows 0 1 ...] [--tokens 131072] [--profile]
 
-Random weights in bfloat16, one sequence. Peers in the same run: full precision on the device, and plain offload of whole
-layers, which copies every layer's keys and values to the device in every step. Beside each time stand the bytes that a
-step fetches over the bus and how long they take at the speed of a copy, measured in the same run.
+Random weights in bfloat16, one sequence. Peers in the same run: full precision on the device, and plain offload, which
+copies every layer's keys and values to the device in every step. Beside each time stand the bytes that a step fetches
+over the bus and how long they take at the speed of a copy, measured in the same run.
 """
 
 import argparse

@@ -1,8 +1,8 @@
 """The operations of `pallas_kernels.host_tier` as Pallas kernels for NVIDIA GPUs (Triton lowering).
 
 A kernel reads pinned host memory over the bus like memory of its own: only what is asked for travels, and nothing is
-copied twice. A few programs fill the bus. `fetch_channels` therefore starts few, so that on a stream of its own it
-leaves the multiprocessors to what runs beside it.
+copied twice. A few programs fill the bus. `fetch_channels` therefore starts few, on a stream of its own: it leaves the
+multiprocessors to what runs beside it.
 """
 
 import functools
@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.compute_on import compute_on
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
@@ -24,8 +25,8 @@ from pallas_kernels.vq_decode_attention.triton import dot, store
 _LOG2_E = float(np.log2(np.e))
 _HEAD_DIMS = (16, 32, 64, 128, 256)
 _MOST_HEADS = 16
-# Bytes that a program has under way at a time, and programs: together what the bus's latency asks for, and some.
-_FETCHED_BYTES, _FETCHING = 16384, 16
+# Bytes that a program has under way at a time, and all programs: what the bus's latency asks for, and some.
+_FETCHED_BYTES, _UNDER_WAY = 2**14, 2**18
 # Tokens whose scores a program makes; most that one chooses from; rows that one attends to.
 _SCORED, _IN_REGISTERS, _ATTENDED = 1024, 32768, 32
 # Steps of the search for the threshold, each of which leaves a third of the range.
@@ -34,17 +35,29 @@ _MOST_STEPS = 14
 _NARROW = 2**32
 
 
+_SECOND_STREAM = {"compute_type": "gpu_stream:1", "out_memory_spaces": jax.memory.Space.Device}
+
+
 def fetch_channels(
     by_channel: Shaped[Array, "B Hkv N S"], channels: Int32[Array, "B Hkv c"], *, interpret: bool = False
 ) -> Shaped[Array, "B Hkv c S"]:
-    """`pallas_kernels.fetch_channels`."""
-    batch, kv_heads, held, tokens = by_channel.shape
+    """`pallas_kernels.fetch_channels`, on a stream of its own."""
     _check_addresses("fetch_channels", by_channel)
+    if not interpret:
+        beside = compute_on(functools.partial(_fetch_channels, interpret=False), **_SECOND_STREAM)
+        return beside(by_channel, channels)
+    return _fetch_channels(by_channel, channels, interpret=True)
+
+
+def _fetch_channels(
+    by_channel: Shaped[Array, "B Hkv N S"], channels: Int32[Array, "B Hkv c"], *, interpret: bool
+) -> Shaped[Array, "B Hkv c S"]:
+    batch, kv_heads, held, tokens = by_channel.shape
     rows, count = batch * kv_heads, channels.shape[2]
     block = min(_FETCHED_BYTES // by_channel.dtype.itemsize, pl.next_power_of_2(tokens))
     fetched = pl.pallas_call(
         functools.partial(_fetch, block=block),
-        grid=(min(_FETCHING, rows * count * pl.cdiv(tokens, block)),),
+        grid=(min(_UNDER_WAY // (block * by_channel.dtype.itemsize), rows * count * pl.cdiv(tokens, block)),),
         out_shape=jax.ShapeDtypeStruct((rows * count, tokens), by_channel.dtype),
         compiler_params=plt.CompilerParams(num_warps=8, num_stages=1),
         interpret=interpret,

@@ -10,7 +10,8 @@ others in pinned host memory, keys a second time with a channel's elements conti
 5. fetches their whole keys and values,
 6. attends exactly over them, the sinks and the recent tokens.
 
-Steps 1 to 3 wait for nothing that the layer before computes after its norm, so they may run beside it.
+Steps 1 to 3 wait for nothing that the layer before computes after its norm: on a GPU the fetch runs beside it, on a
+stream of its own. What leaves the window in a step is moved to the host before, so that it can be chosen at once.
 """
 
 import dataclasses
@@ -55,6 +56,7 @@ class HostStore:
     keys_by_channel:  [B, Hkv, W, S] on the host, the same keys.
     key_abs_max:      float32[B, Hkv, D], largest |k_i| of them, in the space in which channels are chosen.
     predicted:        [B, T, Hq, D], queries as `prefetch` expects them, from there to the layer's attention; else None.
+    ahead:            what has been fetched for it: int32[B, Hkv, c] channels and [B, Hkv, c, S] keys; else None.
     codebooks:        a `VecInferStore` without codes that reads them, where the host holds codes.
     """
 
@@ -63,6 +65,7 @@ class HostStore:
     keys_by_channel: Shaped[Array, "B Hkv W S"] = array_field("host")
     key_abs_max: Float32[Array, "B Hkv D"] = array_field("state")
     predicted: Float[Array, "B T Hq D"] | None = array_field("state", default=None)
+    ahead: tuple[jax.Array, jax.Array] | None = array_field("state", default=None)
     codebooks: Any = None
 
 
@@ -187,13 +190,32 @@ class SparseLayer(WindowedMethod):
         chunk: Chunk,
         cache: WindowedCache,
     ) -> WindowedCache:
-        """Keeps the predicted queries: all that steps 2 and 3 need.
+        """Steps 1 to 3 of a decoded token; of prompts, the predicted queries are kept.
 
-        The first layer has no layer before it; there they use the true query.
+        The first layer has no layer before it; there the true query takes the predicted one's place.
         """
         if chunk.read == "exact" and hidden.shape[1] > 1:  # a prompt that is not read through them
             return cache
-        return _predicting(cache, apply_rope(project_query(hidden), chunk.cos, chunk.sin))
+        predicted = apply_rope(project_query(hidden), chunk.cos, chunk.sin)
+        cache = _predicting(cache, predicted)
+        if hidden.shape[1] > 1:
+            return cache
+        layer, at = chunk.layer, chunk.positions[:, 0]
+        store = self.append(cache.store, *self.leaving(cache, None, None, at, layer), layer)
+        ahead = self.fetched(store, predicted[:, 0], layer)
+        return dataclasses.replace(cache, store=dataclasses.replace(store, ahead=ahead))
+
+    def push_token(
+        self,
+        cache: WindowedCache,
+        k: Float[Array, "B Hkv D"],
+        v: Float[Array, "B Hkv D"],
+        at: Int[Array, "B"],
+        layer: LayerShape,
+    ) -> WindowedCache:
+        if cache.store.ahead is None:
+            return super().push_token(cache, k, v, at, layer)
+        return self.take_in(cache, k, v, at)  # what leaves has been moved already
 
     def prefill(
         self,
@@ -223,14 +245,20 @@ class SparseLayer(WindowedMethod):
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
     ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         store = cache.store
-        predicted = self.index_query(q if store.predicted is None else store.predicted[:, 0], store)
-        channels = self.critical_channels(_group_mean(predicted, layer), store.key_abs_max)
-        count = self.held(cache, layer)
+        channels, fetched = store.ahead or self.fetched(store, q, layer)
         rows = select_tokens(
-            self.index_query(q, store), self.fetch(store, channels), channels, count, tokens=self.tokens,
+            self.index_query(q, store), fetched, channels, self.held(cache, layer), tokens=self.tokens,
             **self._how("select_tokens"),
         )  # fmt: skip
         return rounded(*self.attend_chosen(q, rows, cache, layer), dtype)
+
+    def fetched(
+        self, store: HostStore, predicted: Float[Array, "B Hq D"], layer: LayerShape
+    ) -> tuple[Int[Array, "B Hkv c"], Float[Array, "B Hkv c S"]]:
+        """The critical channels of a query, and these of all keys (steps 2 and 3)."""
+        mean = _group_mean(self.index_query(predicted, store), layer)
+        channels = self.critical_channels(mean, store.key_abs_max)
+        return channels, self.fetch(store, channels)
 
     def fetch(self, store: HostStore, channels: Int[Array, "B Hkv c"]) -> Float[Array, "B Hkv c S"]:
         """Those channels of all keys."""
@@ -465,7 +493,7 @@ def write_slots(
 
 
 def _predicting(cache: WindowedCache, predicted: jax.Array | None) -> WindowedCache:
-    return dataclasses.replace(cache, store=dataclasses.replace(cache.store, predicted=predicted))
+    return dataclasses.replace(cache, store=dataclasses.replace(cache.store, predicted=predicted, ahead=None))
 
 
 def _group_mean(q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:

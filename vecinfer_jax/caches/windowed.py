@@ -283,33 +283,52 @@ class WindowedMethod(CacheMethod):
     ) -> WindowedCache:
         """The cache with a token a sequence, of position at[b], in its ring or sinks, and what that pushes out as
         codes."""
-        # The group that this token pushes out of the window; most tokens complete none, and nothing is written then.
+        store = self.append(cache.store, *self.leaving(cache, k, v, at, layer), layer)
+        return self.take_in(dataclasses.replace(cache, store=store), k, v, at)
+
+    def leaving(
+        self,
+        cache: WindowedCache,
+        k: Float[Array, "B Hkv D"] | None,
+        v: Float[Array, "B Hkv D"] | None,
+        at: Int[Array, "B"],
+        layer: LayerShape,
+    ) -> tuple[Float[Array, "B g Hkv D"], Float[Array, "B g Hkv D"], Int[Array, "B g"]]:
+        """The group that a token of position at[b] pushes out of the window, and its places; most tokens complete none,
+        and all places are -1 then. The token itself (k, v) belongs to it only where nothing is kept exact."""
         # In the ring the oldest token of a complete group stands where the new one goes.
         group = self.token_group
         coded = self.coded_count(at + 1)
         slots = (coded - group)[:, None] + jnp.arange(group)[None, :]
         position = slots + self.sink
         complete = (coded > self.coded_count(at))[:, None]
-        ring_keys, ring_values = cache.ring_keys, cache.ring_values
-        if self.ring:
-            index = (position % self.ring)[:, None, :, None]
-            is_new = (position == at[:, None])[:, :, None, None]
-
-            def leaving(ring: Float[Array, "B Hkv W D"], new: Float[Array, "B Hkv D"]) -> Float[Array, "B g Hkv D"]:
-                old = jnp.take_along_axis(ring, index, axis=2).swapaxes(1, 2)
-                return old if self.residual else jnp.where(is_new, new[:, None].astype(ring.dtype), old)
-
-            group_k, group_v = leaving(ring_keys, k), leaving(ring_values, v)
-            slot = at % self.ring
-            ring_keys, ring_values = write_token(ring_keys, k, slot), write_token(ring_values, v, slot)
-        else:
-            group_k, group_v = k[:, None], v[:, None]
         places = self.stripes(layer).place(jnp.where(complete, slots, -1))
-        store = self.append(cache.store, group_k, group_v, places, layer)
-        sinks = cache.sink_keys, cache.sink_values
+
+        def of(ring: Float[Array, "B Hkv W D"], new: Float[Array, "B Hkv D"] | None) -> Float[Array, "B g Hkv D"]:
+            if not self.ring:
+                assert new is not None
+                return new[:, None]
+            old = jnp.take_along_axis(ring, (position % self.ring)[:, None, :, None], axis=2).swapaxes(1, 2)
+            if self.residual:
+                return old
+            assert new is not None
+            return jnp.where((position == at[:, None])[:, :, None, None], new[:, None].astype(ring.dtype), old)
+
+        return of(cache.ring_keys, k), of(cache.ring_values, v), places
+
+    def take_in(
+        self, cache: WindowedCache, k: Float[Array, "B Hkv D"], v: Float[Array, "B Hkv D"], at: Int[Array, "B"]
+    ) -> WindowedCache:
+        """The cache with a token a sequence, of position at[b], in its ring or sinks."""
+        new: dict[str, Any] = {}
+        if self.ring:
+            slot = at % self.ring
+            new |= {"ring_keys": write_token(cache.ring_keys, k, slot)}
+            new |= {"ring_values": write_token(cache.ring_values, v, slot)}
         if self.sink:
-            sinks = write_token(cache.sink_keys, k, at), write_token(cache.sink_values, v, at)
-        return WindowedCache(store, cache.slots, ring_keys, ring_values, *sinks, cache.lengths)
+            new |= {"sink_keys": write_token(cache.sink_keys, k, at)}
+            new |= {"sink_values": write_token(cache.sink_values, v, at)}
+        return dataclasses.replace(cache, **new)
 
     def _append_chunk(
         self,
