@@ -1,7 +1,7 @@
 """The operations of `pallas_kernels.host_tier` as Pallas kernels for NVIDIA GPUs (Triton lowering).
 
 A kernel reads pinned host memory over the bus like memory of its own: only what is asked for travels, and nothing is
-copied twice. A few programs fill the bus. `fetch_channels` therefore starts few, on a stream of its own: it leaves the
+copied twice. A few programs fill the bus. `fetch_channels` therefore starts few: on a stream of its own it leaves the
 multiprocessors to what runs beside it.
 """
 
@@ -14,7 +14,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.compute_on import compute_on
 from jax.experimental.pallas import triton as plt
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
@@ -35,24 +34,12 @@ _MOST_STEPS = 14
 _NARROW = 2**32
 
 
-_SECOND_STREAM = {"compute_type": "gpu_stream:1", "out_memory_spaces": jax.memory.Space.Device}
-
-
 def fetch_channels(
     by_channel: Shaped[Array, "B Hkv N S"], channels: Int32[Array, "B Hkv c"], *, interpret: bool = False
 ) -> Shaped[Array, "B Hkv c S"]:
-    """`pallas_kernels.fetch_channels`, on a stream of its own."""
-    _check_addresses("fetch_channels", by_channel)
-    if not interpret:
-        beside = compute_on(functools.partial(_fetch_channels, interpret=False), **_SECOND_STREAM)
-        return beside(by_channel, channels)
-    return _fetch_channels(by_channel, channels, interpret=True)
-
-
-def _fetch_channels(
-    by_channel: Shaped[Array, "B Hkv N S"], channels: Int32[Array, "B Hkv c"], *, interpret: bool
-) -> Shaped[Array, "B Hkv c S"]:
+    """`pallas_kernels.fetch_channels`."""
     batch, kv_heads, held, tokens = by_channel.shape
+    _check_addresses("fetch_channels", by_channel)
     rows, count = batch * kv_heads, channels.shape[2]
     block = min(_FETCHED_BYTES // by_channel.dtype.itemsize, pl.next_power_of_2(tokens))
     fetched = pl.pallas_call(

@@ -311,7 +311,7 @@ def test_a_host_that_is_too_small_is_a_capacity_error(monkeypatch):
     lm = small.model()
     engine = Engine(Decoder(lm.config, ALL_SPARSE, lm.dtype))
 
-    def exhausted(*args):
+    def exhausted(*args, **kwargs):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of host memory while trying to allocate")
 
     monkeypatch.setattr(engine, "_call", exhausted)

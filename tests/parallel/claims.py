@@ -96,8 +96,8 @@ def forced_logprobs(network, params, calibration, read, steps=6):
 def the_codes_of_one_device(text, *shapes):
     """From identical queries, keys and values: a prompt in two chunks, and decoded tokens."""
     method, calibration = method_and_calibration(text)
-    batch, width, first, steps = 4, 232, 200, 70
-    lengths = np.asarray([232, 64, 131, 5])
+    batch, width, first, steps = 8, 232, 200, 70
+    lengths = np.asarray([232, 64, 131, 5, 200, 1, 199, 33])
     rng = np.random.default_rng(0)
     q, k, v = (rng.normal(size=(batch, width + steps, h, CONFIG.head_dim)).astype(np.float32) for h in (16, 8, 8))
     layer = layer_shape(CONFIG, 1, jnp.float32)
@@ -301,7 +301,7 @@ def short_caches_are_not_split():
 
 
 def what_does_not_fit_is_said_in_one_line():
-    lm = model()
+    lm, on_host = model(), vj.TailorKV(roles=("sparse*2",))
     for action, words in (
         (lambda: make_mesh(context=9), "9 devices, there are 8"),
         (lambda: parse_mesh("contexts=2"), "no axis 'contexts'"),
@@ -310,6 +310,7 @@ def what_does_not_fit_is_said_in_one_line():
         (lambda: Layout(make_mesh(), merge="shout"), "choose from gather"),
         (lambda: vj.generate(lm, ["a"], mesh=make_mesh(model=3)), "8 KV heads"),
         (lambda: vj.generate(lm, ["a"], mesh="context=2"), "is no mesh"),
+        (lambda: vj.generate(lm, ["a"], method=on_host, mesh=make_mesh()), "in the host's memory"),
     ):
         try:
             action()

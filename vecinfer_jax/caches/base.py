@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from vecinfer_jax.rope import Rope
 
@@ -146,6 +146,21 @@ class CacheMethod(abc.ABC):
     def validate(self, layer: LayerShape) -> None:
         """Raises `InputError` where these settings cannot serve this geometry."""
         del layer
+
+    @property
+    def compiler_options(self) -> Mapping[str, Any]:
+        """What XLA is to be told when it compiles this method's programs for a GPU."""
+        return {}
+
+    def overdue(self, cache: LayerCache, at: Int[Array, "B"]) -> Bool[Array, ""] | None:
+        """Whether tokens of positions at[b] find anything in the cache that must be moved before; None: never."""
+        del cache, at
+        return None
+
+    def settle(self, cache: LayerCache, at: Int[Array, "B"], layer: LayerShape) -> LayerCache:
+        """Moves it. Called at the start of a decoding step for all layers at once, where one of them is overdue."""
+        del at, layer
+        return cache
 
     def prefetch(
         self,

@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from pallas_kernels import attend_rows, dispatch, fetch_channels, select_tokens
@@ -196,14 +197,33 @@ class SparseLayer(WindowedMethod):
         """
         if chunk.read == "exact" and hidden.shape[1] > 1:  # a prompt that is not read through them
             return cache
-        predicted = apply_rope(project_query(hidden), chunk.cos, chunk.sin)
-        cache = _predicting(cache, predicted)
+
+        def predict(hidden: jax.Array) -> jax.Array:
+            return apply_rope(project_query(hidden), chunk.cos, chunk.sin)
+
         if hidden.shape[1] > 1:
-            return cache
-        layer, at = chunk.layer, chunk.positions[:, 0]
+            return _predicting(cache, predict(hidden))
+        layer, store = chunk.layer, cache.store
+
+        def ahead(hidden: jax.Array) -> tuple[jax.Array, ...]:
+            predicted = predict(hidden)
+            return predicted, *self.fetched(store, predicted[:, 0], layer)
+
+        predicted, *fetched = (_beside(ahead) if self._kernels_serve(store) else ahead)(hidden)
+        return dataclasses.replace(cache, store=dataclasses.replace(store, predicted=predicted, ahead=tuple(fetched)))
+
+    def _kernels_serve(self, store: HostStore) -> bool:
+        """Whether what is fetched is read by a kernel on the device, and not gathered by the host's processor."""
+        names = dispatch.candidates("fetch_channels", self.implementation, self.interpret)
+        return jax.default_backend() == "gpu" and names[0] != "xla" and store.keys.size <= 2**31
+
+    def overdue(self, cache: WindowedCache, at: Int[Array, "B"]) -> Bool[Array, ""]:
+        return jnp.any(self.coded_count(at + 1) > self.coded_count(cache.lengths))
+
+    def settle(self, cache: WindowedCache, at: Int[Array, "B"], layer: LayerShape) -> WindowedCache:
+        """Moves what leaves the window to the host, before the step chooses from there."""
         store = self.append(cache.store, *self.leaving(cache, None, None, at, layer), layer)
-        ahead = self.fetched(store, predicted[:, 0], layer)
-        return dataclasses.replace(cache, store=dataclasses.replace(store, ahead=ahead))
+        return dataclasses.replace(cache, store=store, lengths=jnp.maximum(cache.lengths, at + 1))
 
     def push_token(
         self,
@@ -214,8 +234,10 @@ class SparseLayer(WindowedMethod):
         layer: LayerShape,
     ) -> WindowedCache:
         if cache.store.ahead is None:
-            return super().push_token(cache, k, v, at, layer)
-        return self.take_in(cache, k, v, at)  # what leaves has been moved already
+            cache = jax.lax.cond(
+                self.overdue(cache, at), lambda cache: self.settle(cache, at, layer), lambda cache: cache, cache
+            )
+        return self.take_in(cache, k, v, at)
 
     def prefill(
         self,
@@ -436,6 +458,12 @@ class CodedSparseLayer(SparseLayer):
         key_codes, value_codes = super().read(store, start, size, layer)
         codes = dataclasses.replace(store.codebooks, key_codes=key_codes, value_codes=value_codes)
         return self.codes.read(codes, jnp.int32(0), size, layer)
+
+
+def _beside(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on a second stream of the GPU. Products in it are not merged with the layer's own, for which they
+    would wait."""
+    return compute_on(function, compute_type="gpu_stream:1", out_memory_spaces=DEVICE)
 
 
 def on_host(x: jax.Array) -> jax.Array:

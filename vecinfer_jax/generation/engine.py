@@ -214,7 +214,9 @@ class Engine:
         signature = (name, tree, tuple((np.shape(x), jnp.result_type(x), _placement(x)) for x in leaves))
         if signature not in self._programs:
             begin = time.perf_counter()
-            program = jax.jit(function, donate_argnums=donate, out_shardings=placed).lower(*args).compile()
+            lowered = jax.jit(function, donate_argnums=donate, out_shardings=placed).lower(*args)
+            options = self.method.compiler_options if jax.default_backend() == "gpu" else {}
+            program = lowered.compile(compiler_options=dict(options))
             self.compile_seconds += time.perf_counter() - begin
             self._programs[signature] = program, _bytes_of(program)
         program, held = self._programs[signature]
@@ -233,8 +235,10 @@ def _bytes_of(program: Any) -> int:
 
 def _placement(x: Any) -> Any:
     """Where an array was put on purpose: a program is compiled for the placement of its inputs."""
-    if not getattr(x, "committed", False):
+    if not isinstance(x, jax.Array):
         return None
+    if not x.committed or x.sharding.device_set == {jax.devices()[0]}:  # results are committed where one argument is
+        return x.sharding.memory_kind
     if not isinstance(x.sharding, NamedSharding):
         return x.sharding
     # The same placement may be written with and without axes that split nothing.

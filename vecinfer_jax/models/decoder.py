@@ -7,6 +7,7 @@ One file reads top to bottom: norm, attention, feed-forward, layer, model. What 
 values, and how it attends over them, is the cache method's business (`vecinfer_jax.caches`).
 """
 
+import functools
 from typing import Any, Literal
 
 import flax.linen as nn
@@ -151,7 +152,10 @@ class DecoderLayer(nn.Module):
     ) -> tuple[jax.Array, jax.Array, LayerCache]:
         """-> (output, normed input of the attention, cache); `previous` is the layer before's normed input."""
         if previous is not None:
-            cache = method.prefetch(previous, self.attention.project_query, chunk, cache)
+            # Apart from this module, so that a method may call it in a transformation of its own.
+            attention = self.attention.clone(parent=None)
+            project_query: Any = functools.partial(attention.apply, self.attention.variables, method="project_query")
+            cache = method.prefetch(previous, project_query, chunk, cache)
         normed = self.input_norm(x, decode)
         attended, cache = self.attention(normed, chunk, cache, method, decode)
         x, between = self.post_attention_norm.add(x, attended, decode)
@@ -207,6 +211,8 @@ class Decoder(nn.Module):
             lengths = jnp.full((tokens.shape[0],), tokens.shape[1], jnp.int32)
         cos, sin = c.rope.cos_sin(positions)
         x = self.embed_tokens(tokens)
+        if decode:
+            caches = self._settled(caches, positions[:, 0])
         previous = None
         new_caches = []
         for index, layer in enumerate(self.layers):
@@ -239,6 +245,22 @@ class Decoder(nn.Module):
         if self.whole_vocabulary:
             return logits
         return jax.lax.all_gather(logits, self.axes.model, axis=logits.ndim - 1, tiled=True)
+
+    def _settled(self, caches: tuple[LayerCache, ...], at: Int[Array, "B"]) -> tuple[LayerCache, ...]:
+        """The caches with what is overdue in them moved, under one condition: each stops a device for a moment."""
+        methods = [self.method.for_layer(i, len(caches)) for i in range(len(caches))]
+        flags = [method.overdue(cache, at) for method, cache in zip(methods, caches, strict=True)]
+        indices = [i for i, flag in enumerate(flags) if flag is not None]
+        if not indices:
+            return caches
+        overdue = jnp.any(jnp.stack([flag for flag in flags if flag is not None]))
+
+        def settle(caches: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+            return tuple(methods[i].settle(c, at, self.layer_shape(i)) for i, c in zip(indices, caches, strict=True))
+
+        moved = jax.lax.cond(overdue, settle, lambda caches: caches, tuple(caches[i] for i in indices))
+        new = dict(zip(indices, moved, strict=True))
+        return tuple(new.get(i, cache) for i, cache in enumerate(caches))
 
     def layer_shape(self, index: int) -> LayerShape:
         """Static geometry of layer `index`."""

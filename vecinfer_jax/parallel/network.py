@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float32, Int
 
-from vecinfer_jax.caches.base import ReadMode
+from vecinfer_jax.caches.base import ReadMode, allocated_bytes
 from vecinfer_jax.caches.stripes import of_prompt, prompt_pieces, prompt_share
+from vecinfer_jax.errors import InputError
 from vecinfer_jax.models.checkpoint_map import flatten, unflatten
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.network import Network
@@ -51,8 +52,12 @@ class SplitNetwork(Network):
         self.share: Decoder = decoder.clone(config=share, whole_vocabulary=not split)
 
     def init_caches(self, calibration: Any, batch: int, capacity: int) -> tuple[Callable[..., Any], Any]:
+        """Raises `InputError` for methods that keep tokens in the host's memory."""
         init = functools.partial(super().init, batch, capacity)
-        specs = self.cache_specs(jax.eval_shape(init, calibration))
+        shapes = jax.eval_shape(init, calibration)
+        if allocated_bytes(shapes)["host"]:
+            raise InputError("caches in the host's memory cannot lie on a mesh: leave it out, or choose another method")
+        specs = self.cache_specs(shapes)
         return init, jax.tree.map(lambda spec: NamedSharding(self.layout.mesh, spec), specs, is_leaf=_is_spec)
 
     def cache_specs(self, shapes: Any) -> Any:
