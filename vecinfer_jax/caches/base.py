@@ -158,7 +158,7 @@ class CacheMethod(abc.ABC):
         return None
 
     def settle(self, cache: LayerCache, at: Int[Array, "B"], layer: LayerShape) -> LayerCache:
-        """Moves it. Called at the start of a decoding step for all layers at once, where one of them is overdue."""
+        """Moves it. Whatever runs a decoding step calls `settled` on the caches first."""
         del at, layer
         return cache
 
@@ -249,6 +249,27 @@ class CacheMethod(abc.ABC):
     def calibration_key(self) -> dict[str, Any]:
         """The settings that a calibration depends on: an artefact serves every method with an equal key."""
         return {"method": self.name}
+
+
+def settled(
+    methods: Sequence[CacheMethod], caches: Sequence[LayerCache], at: Int[Array, "B"], layers: Sequence[LayerShape]
+) -> tuple[LayerCache, ...]:
+    """Caches of several layers with what is overdue in them moved, as a decoding step of positions at[b] begins with.
+
+    It is under one condition for all layers: each stops a device for a moment.
+    """
+    flags = [method.overdue(cache, at) for method, cache in zip(methods, caches, strict=True)]
+    indices = [i for i, flag in enumerate(flags) if flag is not None]
+    if not indices:
+        return tuple(caches)
+    overdue = jnp.any(jnp.stack([flag for flag in flags if flag is not None]))
+
+    def settle(caches: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
+        return tuple(methods[i].settle(cache, at, layers[i]) for i, cache in zip(indices, caches, strict=True))
+
+    moved = jax.lax.cond(overdue, settle, lambda caches: caches, tuple(caches[i] for i in indices))
+    new = dict(zip(indices, moved, strict=True))
+    return tuple(new.get(i, cache) for i, cache in enumerate(caches))
 
 
 def allocated_bytes(cache: Any) -> dict[str, int]:

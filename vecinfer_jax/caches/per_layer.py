@@ -71,5 +71,9 @@ class PerLayer(LayeredMethod):
         surveys = [m.survey(statistics) for m in self._methods]
         return [{k: v for one in layer for k, v in one.items()} for layer in zip(*surveys, strict=True)]
 
+    @property
+    def compiler_options(self) -> dict[str, Any]:
+        return {name: value for m in self._methods for name, value in m.compiler_options.items()}
+
     def resolved(self, layers: Sequence[Mapping[str, Any]]) -> "PerLayer":
         return PerLayer(self.default.resolved(layers), tuple((i, m.resolved(layers)) for i, m in self.overrides))

@@ -115,8 +115,7 @@ class TailorKV(LayeredMethod):
 
     @property
     def compiler_options(self) -> Mapping[str, Any]:
-        """Kernels of a step in one graph wait for what they read alone, so that fetches run beside the rest."""
-        return {"xla_gpu_command_buffer_scheduling_mode": "CONCURRENT"}
+        return self.sparse_layer.compiler_options
 
     # -- calibration (section 3.1)
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import rms_norm
-from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerCache, LayerShape, MeshAxes, ReadMode
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerCache, LayerShape, MeshAxes, ReadMode, settled
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.models.config import ModelConfig
 
@@ -212,7 +212,9 @@ class Decoder(nn.Module):
         cos, sin = c.rope.cos_sin(positions)
         x = self.embed_tokens(tokens)
         if decode:
-            caches = self._settled(caches, positions[:, 0])
+            methods = [self.method.for_layer(i, c.num_layers) for i in range(c.num_layers)]
+            layers = [self.layer_shape(i) for i in range(c.num_layers)]
+            caches = settled(methods, caches, positions[:, 0], layers)
         previous = None
         new_caches = []
         for index, layer in enumerate(self.layers):
@@ -245,22 +247,6 @@ class Decoder(nn.Module):
         if self.whole_vocabulary:
             return logits
         return jax.lax.all_gather(logits, self.axes.model, axis=logits.ndim - 1, tiled=True)
-
-    def _settled(self, caches: tuple[LayerCache, ...], at: Int[Array, "B"]) -> tuple[LayerCache, ...]:
-        """The caches with what is overdue in them moved, under one condition: each stops a device for a moment."""
-        methods = [self.method.for_layer(i, len(caches)) for i in range(len(caches))]
-        flags = [method.overdue(cache, at) for method, cache in zip(methods, caches, strict=True)]
-        indices = [i for i, flag in enumerate(flags) if flag is not None]
-        if not indices:
-            return caches
-        overdue = jnp.any(jnp.stack([flag for flag in flags if flag is not None]))
-
-        def settle(caches: tuple[LayerCache, ...]) -> tuple[LayerCache, ...]:
-            return tuple(methods[i].settle(c, at, self.layer_shape(i)) for i, c in zip(indices, caches, strict=True))
-
-        moved = jax.lax.cond(overdue, settle, lambda caches: caches, tuple(caches[i] for i in indices))
-        new = dict(zip(indices, moved, strict=True))
-        return tuple(new.get(i, cache) for i, cache in enumerate(caches))
 
     def layer_shape(self, index: int) -> LayerShape:
         """Static geometry of layer `index`."""

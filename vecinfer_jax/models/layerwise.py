@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCache, ReadMode
+from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCache, ReadMode, settled
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.models.config import ModelConfig
@@ -140,6 +140,8 @@ def _run_layer(
     sin: jax.Array,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
     chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype), first=first, read=read)
+    if decode:
+        (cache,) = settled([method], [cache], positions[:, 0], [chunk.layer])
     out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, cache, method, decode, previous)
     x, normed, cache = out
     return x, normed, cache if keep else None
