@@ -52,8 +52,9 @@ def test_of_a_mesh(claim):
 
 
 @pytest.mark.slow
-def test_full_precision_gives_the_tokens_of_one_device():
-    on_eight_devices("the_tokens_of_one_device", "full", *SHAPES)
+@pytest.mark.parametrize("method", ["full", "vecinfer:bits=2,residual=16"])
+def test_generation_gives_the_tokens_of_one_device(method):
+    on_eight_devices("the_tokens_of_one_device", method, *SHAPES)
 
 
 @pytest.mark.parametrize(

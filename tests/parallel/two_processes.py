@@ -11,8 +11,8 @@ if count > 1:
     jax.distributed.initialize(address, count, index)
 
 import vecinfer_jax as vj  # noqa: E402
-from tests.parallel import claims  # noqa: E402
 from tests import small  # noqa: E402
+from tests.parallel import claims  # noqa: E402
 
 method, calibration = claims.method_and_calibration(claims.TWO_PROCESSES)
 found = []
