@@ -231,7 +231,7 @@ def test_arguments_that_do_not_belong_together_are_refused():
             assert "\n" not in str(error.value)
 
 
-@every
+@xla_and_mosaic
 def test_shares_of_every_third_tile_merge_to_the_whole(how):
     case = cases.Nuq(group=2, outliers=16, lengths=(0, 65, 500), tokens=576, dtype=finest(how))
     (q, *of_tokens), options = case.arguments()
