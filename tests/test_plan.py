@@ -96,6 +96,15 @@ def test_a_step_takes_its_weights_its_layers_and_its_cache(monkeypatch):
     assert mixed == pytest.approx((ms + full) / 2)
 
 
+def test_over_two_gpus_each_holds_half_of_the_codes_and_all_of_the_rest():
+    arguments = {"batch": 1, "tokens": 2**20, "memory": 2**34}
+    for method in (vj.FullPrecision(), vj.VecInfer(bits=2), vj.KVQuant(bits=3), vj.KIVI(bits=2, group=32)):
+        one, two = (plan(CONFIG, method, **arguments, gpus=gpus) for gpus in (1, 2))
+        assert two.cache_bytes["codes"] == pytest.approx(one.cache_bytes["codes"] / 2, rel=1e-3)
+        assert two.cache_bytes["window"] == one.cache_bytes["window"] and two.weights_bytes == one.weights_bytes
+        assert two.most_tokens == pytest.approx(2 * one.most_tokens, rel=1e-3)
+
+
 def test_copies_of_folded_weights_are_counted():
     plain, folded = (of(vj.VecInfer(bits=2, rotate_values=r)).weights_bytes for r in (False, True))
     copied = plan_folded_leaves()

@@ -229,3 +229,26 @@ def test_arguments_that_do_not_belong_together_are_refused():
             nuq_decode_attention(**(given | options | changes))
         if isinstance(error.value, ValueError):
             assert "\n" not in str(error.value)
+
+
+@xla_and_mosaic
+def test_shares_of_every_third_tile_merge_to_the_whole(how):
+    case = cases.Nuq(group=2, outliers=16, lengths=(0, 65, 500), tokens=576, dtype=finest(how))
+    (q, *of_tokens), options = case.arguments()
+    keys, values, scale, zero, key_book, value_book, scale_zero, key_pool, value_pool, lengths = of_tokens
+    tiles = [jnp.arange(case.tokens // nuq.TILE)[i::3] for i in range(3)]
+    firsts = tuple(options["first_position"] + i * nuq.TILE for i in range(3))
+    parts = []
+    for i, mine in enumerate(tiles):
+        slots = (mine[:, None] * nuq.TILE + jnp.arange(nuq.TILE)).reshape(-1)
+        held = jnp.sum(slots[None] < lengths[:, None], axis=1, dtype=jnp.int32)
+        arrays = (keys[:, :, slots], values[:, :, slots], scale, zero, key_book, value_book, scale_zero[:, slots])
+        share = {"first_position": firsts, "tile_stride": 3, "shard": jnp.int32(i)}
+        pools = key_pool[:, :, mine], value_pool[:, :, mine]
+        parts.append(nuq_decode_attention(q, *arrays, *pools, held, **options | share, **how))
+    outputs, lses = zip(*parts, strict=True)
+    output, lse = split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
+    expected, expected_lse = expected_of(*case.arguments())
+    bound = 2e-5 if case.dtype == "float32" else 3e-3
+    assert abs(oracle.float64(output) - expected).max() <= bound * abs(expected).max()
+    assert (abs(oracle.float64(lse) - expected_lse)[1:] <= bound * (1 + abs(expected_lse[1:]))).all()

@@ -90,6 +90,24 @@ def test_the_new_token_enters_the_ring_and_what_it_pushes_out_is_encoded(case, h
     )
 
 
+@pytest.mark.parametrize("how", [{"implementation": "xla"}, cases.MOSAIC_GPU], ids=["xla", "mosaic-gpu"])
+def test_what_is_pushed_out_goes_to_the_slot_that_is_named(how):
+    window, sink = CASES[0][4:6]
+    positions, slots = [20, 21, 22, 23], [3, -1, 9, 8]  # of nine: the second and third are dropped
+    arrays, options = arguments(*CASES[0], positions)
+    got = vq_append(*arrays, **options, slots=jnp.asarray(slots, jnp.int32), **how)
+    # The same rows at the positions that have these slots by themselves; the ring has the tokens of the real ones.
+    named = [slot + window + sink if 0 <= slot < 9 else 1000 * window for slot in slots]
+    shift = [(a - b) % window for a, b in zip(positions, named, strict=True)]
+    rings = [jnp.stack([jnp.roll(row, -s, axis=1) for row, s in zip(ring, shift, strict=True)]) for ring in arrays[3:5]]
+    want = expected(*arrays[:2], named, *rings, *arrays[5:], **options)
+    for a, b in zip(got[2:4], want[2:4], strict=True):
+        np.testing.assert_array_equal(np.asarray(a), b)
+    for a, b in zip(got[:2], want[:2], strict=True):
+        turned = [np.roll(row, s, axis=1) for row, s in zip(b, shift, strict=True)]
+        np.testing.assert_array_equal(np.asarray(a), np.stack(turned))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", ON_DEVICE, ids=str)
 def test_it_does_on_a_device(case):

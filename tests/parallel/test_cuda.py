@@ -23,13 +23,13 @@ CONFIG = dataclasses.replace(
 @pytest.mark.parametrize(
     ("method", "kernels"),
     [
-        (FullPrecision(), ()),
         (VecInfer(bits=2, sink=1, implementation="mosaic_gpu"), ("vq_append", "vq_decode_attention")),
-        (VecInfer(bits=2, implementation="triton"), ("triton",)),
-        (KVQuant(bits=3, implementation="mosaic_gpu"), ("nuq_decode_attention",)),
-        (KVQuant(bits=2, implementation="triton"), ("triton",)),
+        pytest.param(FullPrecision(), (), marks=pytest.mark.slow),
+        pytest.param(VecInfer(bits=2, implementation="triton"), ("triton",), marks=pytest.mark.slow),
+        pytest.param(KVQuant(bits=3, implementation="mosaic_gpu"), ("nuq_decode_attention",), marks=pytest.mark.slow),
+        pytest.param(KVQuant(bits=2, implementation="triton"), ("triton",), marks=pytest.mark.slow),
     ],
-    ids=lambda x: x.name + str(x.implementation or "") if hasattr(x, "name") and x.name != "full" else "",
+    ids=["vecinfer-mosaic_gpu", "full", "vecinfer-triton", "kvquant-mosaic_gpu", "kvquant-triton"],
 )
 def test_a_step_and_a_prompt_lower_for_cuda(method, kernels):
     mesh = AbstractMesh((1, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3, abstract_device=H100)

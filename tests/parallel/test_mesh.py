@@ -37,31 +37,29 @@ def on_eight_devices(claim, *arguments):
 
 
 @pytest.mark.parametrize(
-    "claim",
+    "claims",
     [
-        "every_merge_is_one_softmax",
-        "what_does_not_fit_is_said_in_one_line",
-        pytest.param("a_step_sends_what_the_design_says", marks=pytest.mark.slow),
-        pytest.param("weights_are_where_they_belong", marks=pytest.mark.slow),
-        pytest.param("biases_count_once", marks=pytest.mark.slow),
-        pytest.param("short_caches_are_not_split", marks=pytest.mark.slow),
+        "every_merge_is_one_softmax,what_does_not_fit_is_said_in_one_line,short_caches_are_not_split",
+        *(
+            pytest.param(claim, marks=pytest.mark.slow)
+            for claim in ("a_step_sends_what_the_design_says", "weights_are_where_they_belong", "biases_count_once")
+        ),
     ],
 )
-def test_of_a_mesh(claim):
-    on_eight_devices(claim)
+def test_of_a_mesh(claims):
+    on_eight_devices(claims)
 
 
 @pytest.mark.slow
-def test_full_precision_gives_the_tokens_of_one_device():
-    on_eight_devices("the_tokens_of_one_device", "full", *SHAPES)
+@pytest.mark.parametrize("method", ["full", "vecinfer:bits=2,residual=16"])
+def test_generation_gives_the_tokens_of_one_device(method):
+    on_eight_devices("the_tokens_of_one_device", method, *SHAPES)
 
 
-@pytest.mark.parametrize(
-    "method", [METHODS[1], *(pytest.param(m, marks=pytest.mark.slow) for m in METHODS if m != METHODS[1])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
 def test_the_codes_are_those_of_one_device(method):
-    shapes = ("2x2x2",) if method == METHODS[1] else SHAPES
-    on_eight_devices("the_codes_of_one_device", method, *shapes)
+    on_eight_devices("the_codes_of_one_device", method, *SHAPES)
 
 
 @pytest.mark.slow

@@ -120,8 +120,8 @@ class NonEmpty:
     enter or leave a mapped function with a loop in or around it."""
 
     def __init__(self, shapes: Any) -> None:
-        self._structure: Any
-        self._shapes, self._structure = jax.tree.flatten(shapes)
+        self._shapes = jax.tree.leaves(shapes)
+        self._structure: Any = jax.tree.structure(shapes)
 
     def held(self, tree: Any) -> list[Any]:
         """Those of a tree like the shapes."""
