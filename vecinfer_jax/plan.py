@@ -79,6 +79,8 @@ def plan(
     copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
     weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
     held = cache_bytes(config, method, batch, tokens, dtype, gpus)
+    if gpus > 1 and held["host"]:
+        raise InputError("caches in the host's memory cannot lie on a mesh: leave out gpus, or choose another method")
     free = memory - weights - RESERVE
     limits = {"total": free} | ({} if host_memory is None else {"host": host_memory})
     # Allocated bytes grow linearly beyond the window.

@@ -199,8 +199,8 @@ def _choose(scores: Float32[Array, "N"], names: Int32[Array, "N"], count, chosen
     A search for a threshold that k scores reach: each step counts those that reach two values within the range.
     """
     tokens = chosen_ref.shape[1]
-    wanted = jnp.minimum(tokens, count)
-    real = scores > -jnp.inf
+    real = scores > -jnp.inf  # and no NaN
+    wanted = jnp.minimum(jnp.minimum(tokens, count), jnp.sum(real.astype(jnp.int32)))
     start_low = jnp.min(jnp.where(real, scores, jnp.inf))
     start_high = jnp.max(scores)
 

@@ -147,6 +147,15 @@ def test_bytes_are_fetched_as_numbers_are():
     np.testing.assert_array_equal(fetched[0], [codes[0, 0, (7, 0), :], codes[0, 1, (3, 3), :]])
 
 
+def test_tokens_without_a_score_are_not_chosen():
+    keys = jnp.ones((1, 1, 2, 12)).at[0, 0, 1, 3:10].set(jnp.nan)
+    rows = select_tokens(
+        jnp.ones((1, 2, 8)), keys, jnp.array([[[0, 5]]], jnp.int32), jnp.array([12], jnp.int32), tokens=7,
+        implementation="triton", interpret=True,
+    )  # fmt: skip
+    assert sorted(rows[0, 0].tolist()) == [-1, -1, 0, 1, 2, 10, 11]
+
+
 def test_equal_scores_leave_every_place_filled():
     rows = select_tokens(
         jnp.ones((1, 2, 8)), jnp.ones((1, 1, 2, 9)), jnp.array([[[0, 5]]], jnp.int32), jnp.array([9], jnp.int32),

@@ -171,7 +171,8 @@ class CacheMethod(abc.ABC):
     ) -> LayerCache:
         """Called before the layer runs with the *previous* layer's normed input and this layer's query projection.
 
-        For methods that predict what the layer will look at and start fetching it (TailorKV, section 3.3).
+        For methods that predict what the layer will look at and start fetching it (TailorKV, section 3.3). In a
+        decoding step, `settled` has been called before.
         """
         del hidden, project_query, chunk
         return cache

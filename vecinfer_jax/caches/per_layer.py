@@ -72,6 +72,14 @@ class PerLayer(LayeredMethod):
         return [{k: v for one in layer for k, v in one.items()} for layer in zip(*surveys, strict=True)]
 
     @property
+    def calibration_text(self) -> tuple[int, int] | None:
+        """Of those that ask for some, the longest passages."""
+        return max((m.calibration_text for m in self._methods if m.calibration_text), key=lambda t: t[1], default=None)
+
+    def findings(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+        return {name: found for m in self._methods for name, found in m.findings(layers).items()}
+
+    @property
     def compiler_options(self) -> dict[str, Any]:
         return {name: value for m in self._methods for name, value in m.compiler_options.items()}
 

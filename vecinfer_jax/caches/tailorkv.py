@@ -169,9 +169,13 @@ class TailorKV(LayeredMethod):
 def _spelt_out(roles: Sequence[str]) -> tuple[str, ...]:
     """One entry a layer. Raises `InputError` for what is no role."""
     layers: list[str] = []
+    if isinstance(roles, str) or not roles:
+        raise InputError(
+            f"roles={roles!r} must be a tuple with an entry a layer, or such as ('quantised', 'sparse*31')"
+        )
     for entry in roles:
         match = re.fullmatch(rf"({'|'.join(ROLES)})(?:\*(\d+))?", entry) if isinstance(entry, str) else None
-        if isinstance(roles, str) or match is None:
+        if match is None or match[2] == "0":
             raise InputError(f"roles: {entry!r} is no role; choose from {', '.join(ROLES)}, or such as sparse*31")
         layers += [match[1]] * int(match[2] or 1)
     return tuple(layers)

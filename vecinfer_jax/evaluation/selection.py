@@ -92,7 +92,8 @@ class _Selection(CacheMethod):
         self, q: Any, tokens: Tokens, near: Any, there: Any, chosen: Any, layer: LayerShape
     ) -> Float[Array, "B T Hq 3"]:
         p = jax.nn.softmax(jnp.where((near | there)[:, :, None], scores(q, tokens.keys, layer.scale), MASKED), axis=-1)
-        best = jax.lax.top_k(jnp.mean(jnp.where(there[:, :, None], p, 0.0), axis=2), self.method.tokens)[0]
+        mean = jnp.mean(jnp.where(there[:, :, None], p, 0.0), axis=2)
+        best = jax.lax.top_k(mean, min(self.method.tokens, mean.shape[-1]))[0]
         best = jnp.broadcast_to(jnp.sum(best, axis=-1)[:, :, None], p.shape[:-1])
         near, chosen = (jnp.sum(jnp.where(mask[:, :, None], p, 0.0), axis=-1) for mask in (near, chosen))
         found = jnp.stack([near, chosen, best], axis=-1)  # [B, Hkv, G, T, 3]

@@ -242,6 +242,8 @@ def _placement(x: Any) -> Any:
     if not isinstance(x.sharding, NamedSharding):
         return x.sharding
     # The same placement may be written with and without axes that split nothing.
+    if any(isinstance(axis, tuple) for axis in x.sharding.spec):
+        return x.sharding
     split = [axis if axis is not None and x.sharding.mesh.shape[axis] > 1 else None for axis in x.sharding.spec]
     while split and split[-1] is None:
         split.pop()
