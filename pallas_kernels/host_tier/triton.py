@@ -152,7 +152,8 @@ def _score(
     for i in range(critical_ref.shape[1]):
         channel = plt.load(fetched_ref.at[row, jnp.int32(i), at], mask=there, other=0).astype(jnp.float32)
         scores += plt.load(critical_ref.at[row, jnp.int32(i)]) * channel
-    scores = jnp.where(at < plt.load(count_ref.at[row // kv_heads]), scores, -jnp.inf)
+    counts = (at < plt.load(count_ref.at[row // kv_heads])) & ~jnp.isnan(scores)
+    scores = jnp.where(counts, scores, -jnp.inf)
     plt.store(scores_ref.at[row, at], scores, mask=there)
     best = jnp.max(scores.reshape(_SCORED // run, run), axis=1)
     place = first // run + jnp.arange(_SCORED // run)
@@ -199,7 +200,7 @@ def _choose(scores: Float32[Array, "N"], names: Int32[Array, "N"], count, chosen
     A search for a threshold that k scores reach: each step counts those that reach two values within the range.
     """
     tokens = chosen_ref.shape[1]
-    real = scores > -jnp.inf  # and no NaN
+    real = scores > -jnp.inf
     wanted = jnp.minimum(jnp.minimum(tokens, count), jnp.sum(real.astype(jnp.int32)))
     start_low = jnp.min(jnp.where(real, scores, jnp.inf))
     start_high = jnp.max(scores)
