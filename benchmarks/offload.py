@@ -23,7 +23,7 @@ from jaxtyping import Array, Float
 import vecinfer_jax as vj
 from vecinfer_jax.bench import SHAPES, StepBench
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
-from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache, _decode_attention, _write
+from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache
 from vecinfer_jax.caches.host_tier import on_device, on_host, write_slots
 from vecinfer_jax.rope import apply_rope
 
@@ -59,14 +59,12 @@ class Offload(FullPrecision):
         chunk: Chunk,
         cache: OffloadedCache,
     ) -> tuple[Float[Array, "B Hq D"], OffloadedCache]:
-        cos, sin = chunk.cos[:, 0], chunk.sin[:, 0]
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
+        held = FullPrecisionCache(on_device(cache.keys), on_device(cache.values), cache.lengths)
+        out, _ = super().decode(q, k, v, chunk, held)
+        k = apply_rope(k, chunk.cos[:, 0], chunk.sin[:, 0])
         at, one = chunk.positions[:, 0], jnp.ones((q.shape[0],), jnp.int32)
-        here = [_write(on_device(held), x[:, None], at[:, None]) for held, x in ((cache.keys, k), (cache.values, v))]
-        out = _decode_attention(q, *here, at + 1, chunk.layer.scale)
         keys, values = (
-            write_slots(held.swapaxes(1, 2), x[:, :, None], at, one, axis=2).swapaxes(1, 2)
-            for held, x in ((cache.keys, k), (cache.values, v))
+            write_slots(host, x[:, None], at, one, axis=1) for host, x in ((cache.keys, k), (cache.values, v))
         )
         return out, OffloadedCache(keys, values, at + 1)
 
