@@ -24,7 +24,7 @@ import vecinfer_jax as vj
 from vecinfer_jax.bench import SHAPES, StepBench
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache
-from vecinfer_jax.caches.host_tier import on_device, on_host, write_slots
+from vecinfer_jax.caches.host_tier import SparseLayer, on_device, on_host, write_slots
 from vecinfer_jax.rope import apply_rope
 
 SHAPE = "llama-3.1-8b"
@@ -78,6 +78,7 @@ def methods() -> dict[str, CacheMethod]:
         "tailorkv:bits=2": vj.TailorKV(bits=2, roles=roles),
         "tailorkv:bits=1,long": vj.TailorKV.long_context(bits=1, roles=roles),
         "tailorkv:vecinfer": vj.TailorKV(quantised=vj.VecInfer(bits=2), roles=roles),
+        "tailorkv:bits=1,host=vecinfer-4": vj.TailorKV(bits=1, host="vecinfer-4", roles=roles),
     }
 
 
@@ -102,10 +103,13 @@ def fetched_bytes(method: CacheMethod, tokens: int) -> int:
         return config.num_layers * tokens * token
     if not isinstance(method, vj.TailorKV):
         return 0
-    sparse = [method.for_layer(i, config.num_layers) for i in range(config.num_layers)]
-    sparse = [layer for layer in sparse if layer.name == "sparse"]
+    layers = [method.for_layer(i, config.num_layers) for i in range(config.num_layers)]
+    sparse = [layer for layer in layers if isinstance(layer, SparseLayer)]
+    share = 4 if method.host == "vecinfer-4" else 1  # a byte for two elements, and two channels at a time
     return sum(
-        config.num_kv_heads * layer.channels * tokens * 2 + min(layer.tokens, tokens) * token for layer in sparse
+        config.num_kv_heads * layer.channels * tokens * 2 * min(share, 2) // share
+        + min(layer.tokens, tokens) * token // share
+        for layer in sparse
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from vecinfer_jax.devices import device_of_kind
 
 ROOT = Path(__file__).resolve().parent / "results"
-H100 = "nvidia-h100-80gb-hbm3"
+H100, H200 = "nvidia-h100-80gb-hbm3", "nvidia-h200"
 MODEL = "llama-3.1-8b"
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
 NAMES = {"full": "bfloat16", "vecinfer:bits=2": "VecInfer 2 bit"}
@@ -287,6 +287,47 @@ def profile() -> str:
     return table(["step", "what", "kernels", "ms together"], lines)
 
 
+def offload() -> str:
+    """Caches in the host's memory beside one on the device."""
+    lines, full = [], None
+    for row in sorted(read(H100, f"offload-{MODEL}")["rows"], key=lambda row: row["name"] != "full"):
+        if "ms_per_step" in row:
+            full = full or row["ms_per_step"]
+            held = row["cache_bytes"]
+            device, host = (f"{size / 1e9:.2f}" for size in (held["total"], held["host"]))
+            floor = f"{row['link_floor_ms']:.1f}" if row["fetched_bytes"] else ""
+            times = f"{row['ms_per_step']:.2f}", f"{row['ms_per_step'] / full:.2f}x", floor
+            lines.append([row["name"], f"{row['tokens']:,}", device, host, *times])
+    sizes = ["on the device, GB", "on the host, GB"]
+    return table(["cache", "tokens", *sizes, "ms a step", "of bfloat16's", "the bus alone, ms"], lines)
+
+
+def parallel_attention() -> str:
+    """A layer's append, attention and merge over the devices of `context`."""
+    rows = read(H200, "parallel")["attention"]
+    one = {row["tokens"]: row["us"] for row in rows if row["devices"] == 1}
+    merges = [merge for merge in dict.fromkeys(row["merge"] for row in rows) if merge not in (None, "alone")]
+    lines = []
+    for tokens in sorted(one):
+        us = {row["merge"]: row["us"] for row in rows if row["tokens"] == tokens and row["devices"] > 1}
+        cells = [f"{us[merge]:.1f}" if merge in us else "" for merge in (*merges, "alone")]
+        lines.append([f"{tokens:,}", f"{one[tokens]:.1f}", *cells, f"{one[tokens] / us['gather']:.2f}x"])
+    return table(["tokens", "one device, µs", *merges, "no merge", "speed-up by gather"], lines)
+
+
+def parallel_steps() -> str:
+    """Whole steps, and the largest caches, over a mesh."""
+    lines, content = [], read(H200, "parallel")
+    for row in content["step"] + content["largest"]:
+        if "ms_per_step" in row:
+            mesh = " x ".join(f"{axis} {size}" for axis, size in row["mesh"].items() if size > 1) or "one device"
+            sizes = [f"{row['device_bytes'] / 1e9:.1f}"]
+            said = row.get("plan")
+            sizes.append(f"{(said['weights_bytes'] + said['cache_bytes']['total']) / 1e9:.1f}" if said else "")
+            lines.append([f"{row['tokens']:,}", row["name"], mesh, f"{row['ms_per_step']:.2f}", *sizes])
+    return table(["tokens", "cache", "mesh", "ms a step", "in use on a device, GB", "said by plan, GB"], lines)
+
+
 def memory() -> str:
     rows = []
     for row in read(H100, "memory")["rows"]:
@@ -317,6 +358,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "prefill": prefill,
     "profile": profile,
     "memory": memory,
+    "offload": offload,
+    "parallel-attention": parallel_attention,
+    "parallel-steps": parallel_steps,
 }
 
 

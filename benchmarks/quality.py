@@ -30,7 +30,11 @@ from vecinfer_jax.cli import read_documents
 from vecinfer_jax.evaluation.report import grouped, read_rows
 from vecinfer_jax.evaluation.table import IDENTITY, TASKS, Row, Table, rows_of
 
-SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
+SMOLLM2, QWEN, QWEN_LARGE = (
+    "smollm2-135m-instruct",
+    "qwen2.5-coder-0.5b-instruct",
+    "qwen2.5-coder-1.5b-instruct",  # head_dim 128
+)
 WINDOWS = {SMOLLM2: 12, QWEN: 6}
 FORMATS = ("d8b8", "d8b12", "d4b8", "d4b12", "d2b8")
 TRANSFORMS = ("none", "smooth", "hadamard", "hadamard-smooth")
@@ -71,7 +75,7 @@ ESSAYS = 400_000
 # Of RULER's thirteen tasks, some that SmolLM2 solves at all at 4,096 tokens.
 RULER = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multivalue")
 # TailorKV: layers of the models, and the paper's settings for LongBench and for InfiniteBench and RULER.
-LAYERS = {SMOLLM2: 30, QWEN: 24}
+LAYERS = {SMOLLM2: 30, QWEN: 24, QWEN_LARGE: 28}
 TAILORKV = ("tokens=128,sink=8,recent=56,channels=8", "tokens=896,sink=64,recent=64,channels=12")
 BUDGETS = (32, 64, 256)
 JUDGED = ["full", "vecinfer:bits=4", "vecinfer:bits=2", "kivi:bits=2,group=32", "hadamard-int:bits=2"]
@@ -185,6 +189,16 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "prefills": ["exact"],  # as the paper reads prompts
             "seeds": [0],
         },
+        # What nothing was chosen on: a model, and a text.
+        "unseen": {
+            "methods": [
+                "full",
+                "kivi:bits=2,group=32,residual=0",
+                *windowed([f"vecinfer:bits=2,transform={t},sink=1" for t in ("smooth-hadamard", "metric")], (0, 128)),
+            ],
+            "tasks": [text, text.replace("wikitext2_detok_test.txt", "essays.txt")],
+            "seeds": [0],
+        },
         "metric-best": {
             "methods": [f"{METRIC},residual={r},{BEST}" for r in (0, 128)],
             "tasks": [text],
@@ -239,7 +253,7 @@ def main() -> int:
     if args.mixed_with is not None and args.calibration_text is not None:
         parser.error("give either --mixed-with or --calibration-text")
     essays = args.data / "essays.txt"
-    if "long" in args.group and not essays.exists():
+    if {"long", "unseen"}.intersection(args.group) and not essays.exists():
         text = json.loads(assets.fetch("paul-graham-essays").read_text(encoding="utf-8"))["text"]
         essays.write_text(text[:ESSAYS], encoding="utf-8")
     known = groups(args.model, args.data)

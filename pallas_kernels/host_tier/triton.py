@@ -114,7 +114,7 @@ def select_tokens(
             functools.partial(kernel, kv_heads=kv_heads, run=run),
             grid=(rows,),
             out_shape=jax.ShapeDtypeStruct((rows, chosen), jnp.int32),
-            compiler_params=plt.CompilerParams(num_warps=min(max(considered // 512, 4), 16), num_stages=1),
+            compiler_params=plt.CompilerParams(num_warps=_warps(considered), num_stages=1),
             interpret=interpret,
             name=kernel.__name__.strip("_"),
         )(*arrays, count)
@@ -122,6 +122,11 @@ def select_tokens(
     chosen_runs = choose(_choose_runs, min(tokens, runs), runs, best)
     chosen = choose(_choose_tokens, tokens, chosen_runs.shape[1] * run, chosen_runs, scores)
     return chosen.reshape(batch, kv_heads, tokens)
+
+
+def _warps(considered: int) -> int:
+    """Warps for a program that chooses from so many in registers: a power of two, as Triton asks."""
+    return min(max(pl.next_power_of_2(considered) // 512, 4), 16)
 
 
 def _runs(size: int, tokens: int) -> tuple[int, int]:

@@ -349,6 +349,15 @@ def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
         np.testing.assert_array_equal(by_pair, cache.store.keys[b, :, :held].swapaxes(1, 2))
 
 
+def test_what_runs_on_the_second_stream_calls_no_function(coded, qkv):
+    """XLA gives a call within a call on a second stream no stream at all, and does not compile."""
+    method, calibration = coded
+    for layer, fitted in ((method, calibration), (FEW, None)):
+        store = layer.init(LAYER, 2, 40, fitted).store
+        fetched = jax.make_jaxpr(lambda q, layer=layer, store=store: layer.fetched(store, q, LAYER))(qkv[0][:, 0])
+        assert not {"jit", "pjit"}.intersection(equation.primitive.name for equation in fetched.eqns)
+
+
 @pytest.mark.slow
 def test_coded_layers_choose_pairs_and_read_codes(coded):
     """Decoding against the definition, with keys and values as codes read back."""

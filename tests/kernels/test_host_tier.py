@@ -7,6 +7,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from pallas_kernels import ExactTokens, attend_rows, dispatch, fetch_channels, select_tokens, split_k
+from pallas_kernels.host_tier import triton
 from tests.kernels import oracle
 
 H100 = AbstractDevice(device_kind="NVIDIA H100 80GB HBM3", num_cores=132, platform="gpu")
@@ -186,6 +187,13 @@ def test_arguments_that_do_not_belong_together_are_refused():
         with pytest.raises((ValueError, TypeError), match=f"{message}|Type-check") as error:
             call()
         assert not isinstance(error.value, ValueError) or "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("tokens", [1, 128, 896, 5000])
+def test_programs_that_choose_have_as_many_warps_as_triton_takes(tokens):
+    run, runs = triton._runs(131072, tokens)
+    for considered in (runs, min(tokens, runs) * run):
+        assert triton._warps(considered) in (4, 8, 16)
 
 
 @pytest.mark.parametrize("name", dispatch.TABLE["attend_rows"])

@@ -443,7 +443,7 @@ class CodedSparseLayer(SparseLayer):
         return (2 * pairs[..., None] + jnp.arange(2, dtype=jnp.int32)).reshape(*pairs.shape[:-1], -1)
 
     def fetch(self, store: HostStore, channels: Int[Array, "B Hkv c"]) -> Float[Array, "B Hkv c S"]:
-        codes = super().fetch(store, channels[..., ::2] // 2)
+        codes = super().fetch(store, jax.lax.shift_right_logical(channels[..., ::2], 1))
         book = store.codebooks.key_codebook
         return dequantise(codes.swapaxes(2, 3), book, channels.shape[-1], book.dtype).swapaxes(2, 3)
 

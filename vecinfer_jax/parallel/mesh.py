@@ -19,8 +19,9 @@ from vecinfer_jax.errors import InputError
 from vecinfer_jax.models.config import ModelConfig
 
 AXES = ("data", "context", "model")
-# Cached tokens of a device's rows together from which splitting them saves more than the merge costs.
-SPLIT_FROM = 262144
+# Cached tokens of a device's rows together from which splitting them saves more than the merge costs: 2-bit attention
+# over two H200s is slower at half as many (benchmarks/parallel.py).
+SPLIT_FROM = 131072
 
 
 def make_mesh(data: int = 1, context: int = 1, model: int = 1, *, devices: Sequence[jax.Device] | None = None) -> Mesh:
