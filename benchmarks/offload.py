@@ -1,34 +1,44 @@
 """Decoding steps of Llama-3.1-8B's shapes with caches in the host's memory, beside one on the device.
 
-    python benchmarks/offload.py [--output FILE] [--rows 0 1 ...] [--tokens 131072] [--profile]
+    python benchmarks/offload.py [--output FILE] [--rows 0 1 ...] [--tokens 131072] [--profile | --prompt] [--memory 24]
 
 Random weights in bfloat16, one sequence. Peers in the same run: full precision on the device, and plain offload, which
 copies every layer's keys and values to the device in every step. Beside each time stand the bytes that a step fetches
-over the bus and how long they take at the speed of a copy, measured in the same run.
+over the bus and how long they take at the speed of a copy, measured in the same run. `--prompt` reads a prompt of so
+many tokens and decodes from it, in place of filling caches with random content; `--memory` lets the allocator have so
+many GiB of the device, as a smaller card would.
 """
 
 import argparse
 import dataclasses
 import json
+import os
+import subprocess
 import time
 from pathlib import Path
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import results
 from flax import struct
 from jaxtyping import Array, Float
 
 import vecinfer_jax as vj
-from vecinfer_jax.bench import SHAPES, StepBench
+from vecinfer_jax.bench import SHAPES, StepBench, random_calibration
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache
 from vecinfer_jax.caches.host_tier import SparseLayer, on_device, on_host, write_slots
+from vecinfer_jax.generation.engine import CAPACITY_STEP, Engine, round_up
+from vecinfer_jax.generation.sampling import Sampling
+from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.rope import apply_rope
 
 SHAPE = "llama-3.1-8b"
 COPIED = 2**30
+# Tokens of a prompt that are read at a time, and tokens decoded after it.
+CHUNK, DECODED = 8192, 64
 
 
 @struct.dataclass
@@ -50,6 +60,18 @@ class Offload(FullPrecision):
     ) -> OffloadedCache:
         cache = super().init(layer, batch, capacity, calibration)
         return OffloadedCache(on_host(cache.keys), on_host(cache.values), cache.lengths)
+
+    def prefill(
+        self,
+        q: Float[Array, "B T Hq D"],
+        k: Float[Array, "B T Hkv D"],
+        v: Float[Array, "B T Hkv D"],
+        chunk: Chunk,
+        cache: OffloadedCache,
+    ) -> tuple[Float[Array, "B T Hq D"], OffloadedCache]:
+        held = FullPrecisionCache(on_device(cache.keys), on_device(cache.values), cache.lengths)
+        out, held = super().prefill(q, k, v, chunk, held)
+        return out, OffloadedCache(on_host(held.keys), on_host(held.values), held.lengths)
 
     def decode(
         self,
@@ -113,6 +135,42 @@ def fetched_bytes(method: CacheMethod, tokens: int) -> int:
     )
 
 
+def read_prompt(bench: StepBench, method: CacheMethod, tokens: int) -> dict[str, Any]:
+    """Seconds of a prompt read in chunks and of the tokens after it, compilation apart, and the device's peak."""
+    capacity = round_up(tokens + DECODED, CAPACITY_STEP)
+    engine = Engine(Decoder(bench.config, method, bench.dtype))
+    calibration = [random_calibration(bench.config, method, i, bench.dtype) for i in range(bench.config.num_layers)]
+    prompt = np.random.default_rng(0).integers(0, bench.config.vocab_size, (1, tokens)).astype(np.int32)
+    lengths, settings, stops = np.asarray([tokens], np.int32), Sampling().settings(), np.zeros(0, np.int32)
+    seconds: list[tuple[float, float]] = []
+    for _ in range(2):  # the first compiles
+        caches = jax.block_until_ready(engine.init_caches(calibration, 1, capacity))
+        begin = time.perf_counter()
+        logits, caches = jax.block_until_ready(engine.prefill(bench.params, caches, prompt, lengths, CHUNK))
+        read = time.perf_counter()
+        keys = engine.keys(0, np.zeros(1, np.uint32))
+        wanted = np.asarray([DECODED], np.int32)
+        state = engine.start(logits, caches, lengths, keys, wanted, DECODED, settings, stops)
+        state = jax.block_until_ready(engine.decode(bench.params, state, DECODED, settings, stops))
+        seconds.append((read - begin, time.perf_counter() - read))
+        assert np.isfinite(np.asarray(state.logprobs)).all()
+        del caches, state
+    memory = jax.devices()[0].memory_stats() or {}
+    return {
+        "prompt_seconds": round(seconds[-1][0], 3),
+        "decoded_tokens": DECODED,
+        "decoded_seconds": round(seconds[-1][1], 3),
+        "device_peak_bytes": memory.get("peak_bytes_in_use", 0),
+    }
+
+
+def limit_memory(gib: float) -> None:
+    """Leaves the allocator so much of the device; before JAX first uses it."""
+    query = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    total = float(subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]) / 1024
+    os.environ["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{gib / total:.4f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="default: results/<device>/offload-llama-3.1-8b.json")
@@ -120,7 +178,11 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=131072)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--profile", action="store_true", help="what the device does in a step, instead of its time")
+    parser.add_argument("--prompt", action="store_true", help="read a prompt and decode from it, instead")
+    parser.add_argument("--memory", type=float, help="GiB of the device to use")
     args = parser.parse_args()
+    if args.memory is not None:
+        limit_memory(args.memory)
     bench, speed = StepBench(SHAPES[SHAPE]), copy_speed()
     path = args.output or results.ROOT / results.device_name() / f"offload-{SHAPE}.json"
     held = json.loads(path.read_text())["rows"] if path.exists() else []
@@ -129,7 +191,11 @@ def main() -> None:
         name, method = chosen[index]
         fetched = fetched_bytes(method, args.tokens)
         row: dict[str, Any] = {"name": name, "batch": 1, "tokens": args.tokens}
-        if args.profile:
+        if args.memory is not None:
+            row |= {"memory_gib": args.memory, "bytes_limit": (jax.devices()[0].memory_stats() or {})["bytes_limit"]}
+        if args.prompt:
+            row |= read_prompt(bench, method, args.tokens)
+        elif args.profile:
             row |= {"profile": dataclasses.asdict(bench.profile(method, 1, args.tokens))}
         else:
             row |= dataclasses.asdict(bench.step(method, 1, args.tokens, repeats=args.repeats))
@@ -142,7 +208,8 @@ def main() -> None:
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is a measurement of."""
-    return row["name"], row["batch"], row["tokens"], "profile" in row
+    kind = "profile" in row, "prompt_seconds" in row
+    return row["name"], row["batch"], row["tokens"], row.get("memory_gib"), *kind
 
 
 if __name__ == "__main__":

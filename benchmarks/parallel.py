@@ -1,8 +1,8 @@
-"""Attention and whole steps over several devices, beside one: Llama-3.1-8B's shapes, batch 1, in 16 bits on a GPU.
+"""Attention and whole steps over several devices, beside one: random weights, batch 1, in 16 bits on a GPU.
 
     python benchmarks/parallel.py attention [--devices 2] [--tokens 196608 1048576 4194304] [--merges gather ...]
     python benchmarks/parallel.py step      [--devices 2] [--tokens ...] [--methods vecinfer:bits=2 full]
-    python benchmarks/parallel.py largest   [--devices 2] [--tokens 10000000]
+    python benchmarks/parallel.py largest   [--devices 2] [--tokens 10000000] [--model llama-2-7b]
 
 `attention` times a layer's append, attention and merge in a loop on the device, each layer's queries being the output
 of the one before, for every collective that can merge, and for none ("alone": what the merge costs is the difference).
@@ -31,21 +31,21 @@ from vecinfer_jax.caches import METHODS
 from vecinfer_jax.caches.base import Chunk
 from vecinfer_jax.caches.stripes import MERGES
 from vecinfer_jax.errors import VecInferError
+from vecinfer_jax.models import ModelConfig
 from vecinfer_jax.models.decoder import layer_shape
 from vecinfer_jax.models.language_model import resolve_dtype
 from vecinfer_jax.parallel import Layout, make_mesh
 from vecinfer_jax.parallel.shardings import NonEmpty, cache_specs, device_share
 from vecinfer_jax.plan import plan
 
-MODEL = "llama-3.1-8b"
 LAYERS = 4  # of the attention part: more than a device's cache memory holds of the shortest cache
 FEW, MANY = 4, 36
 ALONE = "alone"
 
 
-def attention_us(method: Any, tokens: int, layout: Layout, repeats: int) -> float:
+def attention_us(config: ModelConfig, method: Any, tokens: int, layout: Layout, repeats: int) -> float:
     """Microseconds of a layer, median of differences between a long loop and a short one."""
-    config, dtype = SHAPES[MODEL], resolve_dtype()
+    dtype = resolve_dtype()
     layer = dataclasses.replace(layer_shape(config, 0, dtype), axes=layout.axes(1, tokens))
     calibration = random_calibration(config, method, 0, dtype) or None
 
@@ -111,8 +111,9 @@ def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
     for tokens in args.tokens or (196608, 1048576, 4194304):
         for devices, merge in [(1, None), *((args.devices, merge) for merge in args.merges or MERGES)]:
             layout = Layout(make_mesh(context=devices), merge=merge or "gather", split_from=0)
-            us = attention_us(method, tokens, layout, args.repeats)
-            rows.append({"method": repr(method), "tokens": tokens, "devices": devices, "merge": merge, "us": us})
+            us = attention_us(SHAPES[args.model], method, tokens, layout, args.repeats)
+            where = {"model": args.model, "tokens": tokens, "devices": devices, "merge": merge}
+            rows.append({"method": repr(method), **where, "us": us})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -121,10 +122,10 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
     for shape in ({"context": 1}, {"context": args.devices}, {"model": args.devices}):
         layout = Layout(make_mesh(**shape), merge=(args.merges or ["gather"])[0], split_from=0)
-        bench = StepBench(SHAPES[MODEL], dtype=resolve_dtype(), layout=layout)
+        bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
         for name in args.methods or ("vecinfer:bits=2", "full"):
             for tokens in args.tokens or (196608, 1048576):
-                rows.append(_step(bench, name, tokens, args.repeats))
+                rows.append(_step(bench, name, tokens, args.repeats) | {"model": args.model})
                 print(json.dumps(rows[-1]), flush=True)
         del bench
     return rows
@@ -132,14 +133,14 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
     layout = Layout(make_mesh(context=args.devices))
-    bench = StepBench(SHAPES[MODEL], dtype=resolve_dtype(), layout=layout)
+    bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
     rows = []
     for name in args.methods or ("vecinfer:bits=2",):
         for tokens in args.tokens or (10_000_000,):
             memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
             method = specs.parse(name, METHODS, "method")
-            said = plan(SHAPES[MODEL], method, batch=1, tokens=tokens, memory=memory, gpus=args.devices)
-            rows.append(_step(bench, name, tokens, 1) | {"plan": dataclasses.asdict(said)})
+            said = plan(SHAPES[args.model], method, batch=1, tokens=tokens, memory=memory, gpus=args.devices)
+            rows.append(_step(bench, name, tokens, 1) | {"model": args.model, "plan": dataclasses.asdict(said)})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -162,6 +163,7 @@ PARTS = {"attention": attention, "step": step, "largest": largest}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
+    parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
     parser.add_argument("--devices", type=int, default=2)
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--methods", nargs="*")
@@ -180,7 +182,7 @@ def main() -> None:
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:
     """What a row is a measurement of."""
-    return tuple(str(row.get(key)) for key in ("name", "method", "tokens", "mesh", "devices", "merge"))
+    return tuple(str(row.get(key)) for key in ("model", "name", "method", "tokens", "mesh", "devices", "merge"))
 
 
 if __name__ == "__main__":
