@@ -17,12 +17,12 @@ from typing import Any
 ROWS: list[dict[str, Any]] = [
     *(
         {"kind": "cache", "method": m, "batch": 16, "tokens": 8192}
-        for m in ("full", "vecinfer:bits=2", "vecinfer:bits=4")
+        for m in ("full", "vecinfer:bits=2,transform=smooth-hadamard", "vecinfer:bits=4,transform=smooth-hadamard")
     ),
     *({"kind": "cache", "method": m, "batch": 16, "tokens": 8192} for m in ("kivi:bits=2", "hadamard-int:bits=2")),
     *(
         {"kind": "prompt", "method": m, "batch": 1, "tokens": tokens, "chunk": chunk}
-        for m in ("full", "vecinfer:bits=2")
+        for m in ("full", "vecinfer:bits=2,transform=smooth-hadamard")
         for tokens, chunk in ((32768, 32768), (32768, 8192), (131072, 32768), (131072, 8192))
     ),
 ]

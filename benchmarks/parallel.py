@@ -105,7 +105,9 @@ def attention_us(config: ModelConfig, method: Any, tokens: int, layout: Layout, 
 
 
 def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
-    method = specs.parse(args.methods[0] if args.methods else "vecinfer:bits=2", METHODS, "method")
+    method = specs.parse(
+        args.methods[0] if args.methods else "vecinfer:bits=2,transform=smooth-hadamard", METHODS, "method"
+    )
     MERGES[ALONE] = lambda output, lse, axis, shards: output
     rows = []
     for tokens in args.tokens or (196608, 1048576, 4194304):
@@ -123,7 +125,7 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     for shape in ({"context": 1}, {"context": args.devices}, {"model": args.devices}):
         layout = Layout(make_mesh(**shape), merge=(args.merges or ["gather"])[0], split_from=0)
         bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
-        for name in args.methods or ("vecinfer:bits=2", "full"):
+        for name in args.methods or ("vecinfer:bits=2,transform=smooth-hadamard", "full"):
             for tokens in args.tokens or (196608, 1048576):
                 rows.append(_step(bench, name, tokens, args.repeats) | {"model": args.model})
                 print(json.dumps(rows[-1]), flush=True)
@@ -135,7 +137,7 @@ def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
     layout = Layout(make_mesh(context=args.devices))
     bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
     rows = []
-    for name in args.methods or ("vecinfer:bits=2",):
+    for name in args.methods or ("vecinfer:bits=2,transform=smooth-hadamard",):
         for tokens in args.tokens or (10_000_000,):
             memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
             method = specs.parse(name, METHODS, "method")

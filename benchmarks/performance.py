@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent / "results"
 H100, H200 = "nvidia-h100-80gb-hbm3", "nvidia-h200"
 MODEL = "llama-3.1-8b"
 IMAGES = Path(__file__).resolve().parent.parent / "docs" / "images"
-NAMES = {"full": "bfloat16", "vecinfer:bits=2": "VecInfer 2 bit"}
+TWO_BITS = "vecinfer:bits=2,transform=smooth-hadamard"
+NAMES = {"full": "bfloat16", TWO_BITS: "VecInfer 2 bit"}
 
 
 def read(device: str, name: str) -> dict[str, Any]:
@@ -160,7 +161,7 @@ def steps() -> str:
     lines = []
     for model in (MODEL, "smollm2-135m", "qwen2.5-14b"):
         for (batch, tokens), ms in step_rows(model).items():
-            full, ours = ms.get("full"), ms.get("vecinfer:bits=2")
+            full, ours = ms.get("full"), ms.get(TWO_BITS)
             if full is not None and ours is not None:
                 cells = f"{full:.2f}", f"{ours:.2f}", f"{full / ours:.2f}x"
                 lines.append([model, str(batch), f"{tokens:,}", *cells])
@@ -212,8 +213,8 @@ def transformers() -> str:
         ms = f"{row['ms_per_step']:.1f}" if "ms_per_step" in row else row["error"]
         cells = [f"{here[name]:.2f}" if name in here else "" for name in NAMES]
         ratio = ""
-        if "ms_per_step" in row and "vecinfer:bits=2" in here:
-            ratio = f"{row['ms_per_step'] / here['vecinfer:bits=2']:.1f}x"
+        if "ms_per_step" in row and TWO_BITS in here:
+            ratio = f"{row['ms_per_step'] / here[TWO_BITS]:.1f}x"
         lines.append([str(row["batch"]), f"{row['tokens']:,}", row["cache"], ms, *cells, ratio])
     header = [
         "batch",

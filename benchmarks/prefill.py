@@ -20,7 +20,7 @@ from typing import Any
 ROWS: list[tuple[str, list[int]]] = [
     (method, lengths)
     for lengths in ([32768], [16384, 12000, 8000, 5000])
-    for method in ("full", "vecinfer:bits=2", "vecinfer:bits=4")
+    for method in ("full", "vecinfer:bits=2,transform=smooth-hadamard", "vecinfer:bits=4,transform=smooth-hadamard")
 ]
 REPEATS = 5
 

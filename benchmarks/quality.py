@@ -39,7 +39,11 @@ WINDOWS = {SMOLLM2: 12, QWEN: 6}
 FORMATS = ("d8b8", "d8b12", "d4b8", "d4b12", "d2b8")
 TRANSFORMS = ("none", "smooth", "hadamard", "hadamard-smooth")
 CENTRING = ("mean-smooth-hadamard", "rotation")
-PAPER = [f"vecinfer:bits={bits:g}" for bits in (4, 3, 2, 1.5, 1.25, 1)] + ["vecinfer:key=d4b10,value=d8b12"]
+AS_PAPER = "transform=smooth-hadamard"
+PAPER = [
+    *(f"vecinfer:bits={bits:g},{AS_PAPER}" for bits in (4, 3, 2, 1.5, 1.25, 1)),
+    f"vecinfer:key=d4b10,value=d8b12,{AS_PAPER}",
+]
 BASELINES = [
     *(f"kivi:bits={bits},group=32" for bits in (4, 2)),
     "kivi:bits=2,group=64",
@@ -78,7 +82,12 @@ RULER = ("niah_single_1", "niah_single_2", "niah_multikey_1", "niah_multivalue")
 LAYERS = {SMOLLM2: 30, QWEN: 24, QWEN_LARGE: 28}
 TAILORKV = ("tokens=128,sink=8,recent=56,channels=8", "tokens=896,sink=64,recent=64,channels=12")
 BUDGETS = (32, 64, 256)
-JUDGED = ["full", "vecinfer:bits=4", "vecinfer:bits=2", "kivi:bits=2,group=32", "hadamard-int:bits=2"]
+JUDGED = [
+    "full",
+    *(f"vecinfer:bits={bits},{AS_PAPER}" for bits in (4, 2)),
+    "kivi:bits=2,group=32",
+    "hadamard-int:bits=2",
+]
 
 
 def windowed(methods: list[str], residuals: tuple[int, ...]) -> list[str]:
@@ -110,14 +119,14 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         },
         "scopes": {
             "methods": [
-                f"vecinfer:bits={bits},scope={s},residual=0"
+                f"vecinfer:bits={bits},{AS_PAPER},scope={s},residual=0"
                 for bits, s in itertools.product((2, 1.5), ("layer_head", "layer", "global"))
             ],
             "tasks": [text],
             "seeds": [0],
         },
         "formats": {
-            "methods": [f"vecinfer:key={k},value={v},residual=0" for k in FORMATS for v in FORMATS],
+            "methods": [f"vecinfer:key={k},value={v},{AS_PAPER},residual=0" for k in FORMATS for v in FORMATS],
             "tasks": [text],
             "seeds": [0],
         },

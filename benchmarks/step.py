@@ -21,23 +21,23 @@ from vecinfer_jax.caches import METHODS
 LENGTHS = (1024, 16384, 65536, 196608)
 # batch, tokens held, method
 ROWS = [
-    *((1, tokens, method) for tokens in LENGTHS for method in ("full", "vecinfer:bits=2")),
+    *((1, tokens, method) for tokens in LENGTHS for method in ("full", "vecinfer:bits=2,transform=smooth-hadamard")),
     (12, 32768, "full"),
-    (12, 32768, "vecinfer:bits=2"),
-    *((1, 196608, f"vecinfer:bits={bits}") for bits in ("4", "3", "1.5", "1")),
+    (12, 32768, "vecinfer:bits=2,transform=smooth-hadamard"),
+    *((1, 196608, f"vecinfer:bits={bits},transform=smooth-hadamard") for bits in ("4", "3", "1.5", "1")),
     (12, 8192, "full"),
-    (12, 8192, "vecinfer:bits=2"),
+    (12, 8192, "vecinfer:bits=2,transform=smooth-hadamard"),
     (64, 4096, "full"),
-    (64, 4096, "vecinfer:bits=2"),
+    (64, 4096, "vecinfer:bits=2,transform=smooth-hadamard"),
     (16, 4096, "full"),
-    (16, 4096, "vecinfer:bits=2"),
-    (12, 32768, "vecinfer:bits=4"),
+    (16, 4096, "vecinfer:bits=2,transform=smooth-hadamard"),
+    (12, 32768, "vecinfer:bits=4,transform=smooth-hadamard"),
     *((1, tokens, method) for method in ("hadamard-int:bits=2", "kivi:bits=2") for tokens in (16384, 65536)),
-    (1, 3600000, "vecinfer:bits=2"),  # as many tokens as one card holds
+    (1, 3600000, "vecinfer:bits=2,transform=smooth-hadamard"),  # as many tokens as one card holds
     # Queries through a dense map in the place of lambda and the Hadamard matrix.
     (1, 196608, "vecinfer:bits=2,transform=metric,sink=1"),
     (12, 32768, "vecinfer:bits=2,transform=metric,sink=1"),
-    (12, 32768, "vecinfer:bits=2,sink=1"),
+    (12, 32768, "vecinfer:bits=2,sink=1,transform=smooth-hadamard"),
     # KVQuant; a million tokens of Llama-2-7B's shapes on one card.
     (1, 1000000, "kvquant:bits=2,outliers=0"),
     (1, 65536, "kvquant:bits=2,outliers=0"),

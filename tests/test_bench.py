@@ -19,7 +19,7 @@ def bench() -> StepBench:
 
 
 def test_a_step_is_timed_over_a_full_cache(bench):
-    row = bench.step(vj.VecInfer(bits=2, residual=8, sink=1), 2, 150, repeats=1)
+    row = bench.step(vj.VecInfer(bits=2, residual=8, sink=1, transform="smooth-hadamard"), 2, 150, repeats=1)
     assert row.ms_per_step > 0 and row.tokens_per_second == pytest.approx(2e3 / row.ms_per_step, rel=0.01)
     assert row.layers == 2 and row.weights_bytes > 0
     assert row.cache_bytes["codes"] > 0
@@ -37,7 +37,7 @@ def test_random_outliers_are_finite_and_in_their_tile(bench):
 
 def test_every_layer_attends_to_all_tokens(bench):
     """A step's output depends on what the far end of every layer's cache holds."""
-    engine, state = bench.prepare(vj.VecInfer(bits=2, residual=8), 1, 200, MANY)
+    engine, state = bench.prepare(vj.VecInfer(bits=2, residual=8, transform="smooth-hadamard"), 1, 200, MANY)
     assert all((np.asarray(cache.lengths) == 200).all() for cache in state.caches)
     codes = [np.asarray(cache.store.key_codes) for cache in state.caches]
     assert all(len(np.unique(layer[:, :, :190])) > 100 for layer in codes)
@@ -101,6 +101,6 @@ def test_a_profile_counts_events_a_step_and_what_lies_between_them():
 
 @pytest.mark.gpu
 def test_a_step_is_profiled(bench):
-    profile = bench.profile(vj.VecInfer(bits=2, residual=8), 1, 200)
+    profile = bench.profile(vj.VecInfer(bits=2, residual=8, transform="smooth-hadamard"), 1, 200)
     assert profile.us_per_step > profile.idle_us >= 0
     assert sum(event["us"] for event in profile.events.values()) > 0

@@ -57,7 +57,12 @@ def step(decoder, decode=True):
 
 @pytest.mark.parametrize(
     "method",
-    [FullPrecision(), VecInfer(bits=2), VecInfer(bits=1.5, sink=4), VecInfer(transform="metric", sink=1)],
+    [
+        FullPrecision(),
+        VecInfer(bits=2, transform="smooth-hadamard"),
+        VecInfer(bits=1.5, sink=4, transform="smooth-hadamard"),
+        VecInfer(transform="metric", sink=1),
+    ],
     ids=repr,
 )
 def test_the_xla_step_and_prefill_lower_for_tpu(method):
@@ -74,7 +79,7 @@ def test_the_xla_step_and_prefill_lower_for_tpu(method):
     ids=["bfloat16-mosaic_gpu", "bfloat16-triton", "float32-triton"],
 )
 def test_the_kernels_step_and_prefill_lower_for_cuda(head_dim, heads, dtype, implementation):
-    method = VecInfer(bits=2, sink=1, implementation=implementation)
+    method = VecInfer(bits=2, sink=1, implementation=implementation, transform="smooth-hadamard")
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         for tokens, decode in ((1, True), (256, False)):
             decoder, args = shapes(method, head_dim, heads, dtype, tokens=tokens)

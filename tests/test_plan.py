@@ -21,7 +21,12 @@ from vecinfer_jax.plan import RESERVE, bytes_read, cache_bytes, milliseconds, pl
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 CONFIG = dataclasses.replace(small.CONFIG, num_layers=2)
-METHODS = [vj.FullPrecision(), vj.VecInfer(bits=2, residual=8), vj.KIVI(residual=4), vj.KVQuant(residual=4)]
+METHODS = [
+    vj.FullPrecision(),
+    vj.VecInfer(bits=2, residual=8, transform="smooth-hadamard"),
+    vj.KIVI(residual=4),
+    vj.KVQuant(residual=4),
+]
 
 
 def of(method, tokens=1000, memory=RESERVE + 2**24):
@@ -84,7 +89,7 @@ def test_the_command_prints_a_line_a_method(capsys):
 
 
 def test_a_step_takes_its_weights_its_layers_and_its_cache(monkeypatch):
-    method = vj.VecInfer(bits=2, residual=8)
+    method = vj.VecInfer(bits=2, residual=8, transform="smooth-hadamard")
     monkeypatch.setattr(planning, "MEASURED_HEAD_DIMS", (CONFIG.head_dim,))
     device = Device("x", 2**40, 1.0, 100.0, {"vecinfer d4b8/d4b8": Reading(2.0, 50.0), "full": Reading(4.0, 0.0)})
     ms = milliseconds(CONFIG, method, 2, 1000, device)
@@ -98,7 +103,12 @@ def test_a_step_takes_its_weights_its_layers_and_its_cache(monkeypatch):
 
 def test_over_two_gpus_each_holds_half_of_the_codes_and_all_of_the_rest():
     arguments = {"batch": 1, "tokens": 2**20, "memory": 2**34}
-    for method in (vj.FullPrecision(), vj.VecInfer(bits=2), vj.KVQuant(bits=3), vj.KIVI(bits=2, group=32)):
+    for method in (
+        vj.FullPrecision(),
+        vj.VecInfer(bits=2, transform="smooth-hadamard"),
+        vj.KVQuant(bits=3),
+        vj.KIVI(bits=2, group=32),
+    ):
         one, two = (plan(CONFIG, method, **arguments, gpus=gpus) for gpus in (1, 2))
         assert two.cache_bytes["codes"] == pytest.approx(one.cache_bytes["codes"] / 2, rel=1e-3)
         assert two.cache_bytes["window"] == one.cache_bytes["window"] and two.weights_bytes == one.weights_bytes
@@ -106,7 +116,9 @@ def test_over_two_gpus_each_holds_half_of_the_codes_and_all_of_the_rest():
 
 
 def test_copies_of_folded_weights_are_counted():
-    plain, folded = (of(vj.VecInfer(bits=2, rotate_values=r)).weights_bytes for r in (False, True))
+    plain, folded = (
+        of(vj.VecInfer(bits=2, rotate_values=r, transform="smooth-hadamard")).weights_bytes for r in (False, True)
+    )
     copied = plan_folded_leaves()
     assert folded - plain == 2 * copied
 
@@ -118,7 +130,7 @@ def plan_folded_leaves():
 
 
 def test_how_a_cache_is_read_depends_on_what_the_kernels_fuse():
-    usual = vj.VecInfer(bits=2).reading()
+    usual = vj.VecInfer(bits=2, transform="smooth-hadamard").reading()
     assert usual == vj.VecInfer(bits=2, residual=0, transform="none", implementation="mosaic_gpu").reading()
     assert usual == vj.VecInfer(bits=2, transform="metric").reading()
     others = ({"transform": "hadamard-smooth"}, {"implementation": "xla"}, {"bits": 4})

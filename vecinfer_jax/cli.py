@@ -39,7 +39,9 @@ Key = Annotated[str | None, typer.Option(help="Code format of the keys, such as 
 Value = Annotated[str | None, typer.Option(help="Code format of the values, such as d8b12.")]
 Residual = Annotated[int | None, typer.Option(help="Recent tokens kept in full precision.")]
 Sink = Annotated[int | None, typer.Option(help="First tokens kept in full precision.")]
-Transform = Annotated[str | None, typer.Option(help="Of the keys; smooth-hadamard is the paper's.")]
+Transform = Annotated[
+    str | None, typer.Option(help="Of the keys; default: metric, ours; smooth-hadamard is the paper's.")
+]
 Scope = Annotated[str | None, typer.Option(help="One codebook per layer_head, per layer or global.")]
 CalibrationDir = Annotated[
     Path | None, typer.Option("--calibration", help="An artefact of `vecinfer calibrate`; default: shipped or kept.")

@@ -14,6 +14,7 @@ from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.folding import fold_values
 
+PAPER = {"transform": "smooth-hadamard"}
 HEADS, DIM = LAYER.num_kv_heads, LAYER.head_dim
 
 
@@ -89,7 +90,7 @@ def test_the_mean_is_invisible_where_everything_is_exact(transform):
 
 
 def test_rotated_values_change_nothing_where_everything_is_exact():
-    lm, method = small.model(), VecInfer(bits=2, rotate_values=True, residual=64)
+    lm, method = small.model(), VecInfer(bits=2, rotate_values=True, residual=64, transform="smooth-hadamard")
     calibration = small.calibration_of(method)
     folded = fold_values(lm, method, calibration)
     kernels = [p["layers_1"]["attention"]["v_proj"]["kernel"] for p in (lm.params, folded)]
@@ -105,7 +106,7 @@ def test_rotated_values_change_nothing_where_everything_is_exact():
 
 
 def test_values_that_are_not_rotated_take_no_copies_of_weights():
-    lm, method = small.model(), VecInfer(bits=2)
+    lm, method = small.model(), VecInfer(bits=2, transform="smooth-hadamard")
     folded = fold_values(lm, method, small.calibration_of(method))
     assert all(a is b for a, b in zip(jax.tree.leaves(folded), jax.tree.leaves(lm.params), strict=True))
 
@@ -142,10 +143,10 @@ def test_whether_values_are_rotated_is_a_truth():
 def test_a_calibration_is_for_its_transform_and_sinks():
     keys = [
         VecInfer(bits=2, **settings).calibration_key()
-        for settings in ({}, {"transform": "metric"}, {"transform": "metric", "sink": 1}, {"rotate_values": True})
+        for settings in (PAPER, {"transform": "metric"}, {"sink": 0}, PAPER | {"rotate_values": True})
     ]
     assert len({str(sorted(key.items())) for key in keys}) == 4
-    assert VecInfer(bits=2, sink=1).calibration_key() == keys[0]  # the paper's does not depend on sinks
+    assert VecInfer(bits=2, sink=1, **PAPER).calibration_key() == keys[0]  # the paper's does not depend on sinks
 
 
 def test_codes_fit_better_than_the_papers_where_keys_have_a_mean():

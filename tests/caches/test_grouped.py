@@ -162,7 +162,11 @@ def test_decoding_in_blocks_of_slots_merges_to_the_whole(monkeypatch):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-@pytest.mark.parametrize("method", [GroupMeans(residual=16), FullPrecision(), VecInfer(bits=4)], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [GroupMeans(residual=16), FullPrecision(), VecInfer(bits=4, transform="smooth-hadamard")],
+    ids=lambda m: m.name,
+)
 @pytest.mark.parametrize("read", ["exact", "coded"])
 def test_the_memory_of_a_chunk_does_not_grow_with_the_cache(method, read):
     calibration = {

@@ -108,7 +108,10 @@ def test_the_prefetch_hook_sees_the_previous_layers_normed_input_and_this_layers
 
 
 def test_different_layers_generate_with_their_own_method():
-    method = PerLayer(VecInfer(bits=2, residual=4), ((0, FullPrecision()), (1, VecInfer(bits=4, residual=4))))
+    method = PerLayer(
+        VecInfer(bits=2, residual=4, transform="smooth-hadamard"),
+        ((0, FullPrecision()), (1, VecInfer(bits=4, residual=4, transform="smooth-hadamard"))),
+    )
     calibration = small.calibration_of(method)
     assert calibration.layers[0] == {}
     assert calibration.layers[1]["key_codebook"].shape[-1] == 2
@@ -122,7 +125,7 @@ def test_different_layers_generate_with_their_own_method():
 
 
 def test_bytes_are_counted_by_kind_on_shapes_and_arrays_alike():
-    method = VecInfer(bits=2, residual=8, sink=2)
+    method = VecInfer(bits=2, residual=8, sink=2, transform="smooth-hadamard")
     lm = small.model()
     decoder = Decoder(lm.config, method, lm.dtype)
     layers = small.calibration_of(method).layers

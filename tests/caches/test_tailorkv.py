@@ -217,7 +217,9 @@ def test_layers_have_the_methods_of_their_roles():
     assert method.roles == ("quantised", "sparse", "sparse")
     assert method.for_layer(0, 3) == KIVI(bits=2, group=64, residual=128)
     assert method.for_layer(2, 3) == SparseLayer(tokens=128, channels=8, block=7, residual=5, sink=1)
-    assert dataclasses.replace(method, quantised=vj.VecInfer()).for_layer(0, 3) == vj.VecInfer()
+    assert dataclasses.replace(method, quantised=vj.VecInfer(transform="smooth-hadamard")).for_layer(
+        0, 3
+    ) == vj.VecInfer(transform="smooth-hadamard")
     paper = TailorKV.long_context(bits=2)
     assert (paper.tokens, paper.sink, paper.recent, paper.channels, paper.bits) == (896, 64, 64, 12, 2)
 
@@ -258,7 +260,7 @@ def test_generation_and_evaluation_take_the_calibrations_roles():
 
 @pytest.mark.slow
 def test_codebooks_are_fitted_for_the_layers_that_take_them():
-    method = TailorKV(threshold=0.0, quantised=vj.VecInfer(bits=4, residual=4), recent=3)
+    method = TailorKV(threshold=0.0, quantised=vj.VecInfer(bits=4, residual=4, transform="smooth-hadamard"), recent=3)
     made = small.calibration_of(dataclasses.replace(method, roles=("quantised", "sparse*2")))
     assert "key_codebook" in made.layers[0] and made.layers[1] == {}
     assert method.calibration_key() != dataclasses.replace(method, threshold=0.5).calibration_key()

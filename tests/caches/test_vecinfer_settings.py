@@ -42,8 +42,15 @@ def test_hadamard_needs_a_power_of_two():
 
     layer = dataclasses.replace(layer_shape(small.CONFIG, 0, jnp.float32), head_dim=80, rope=Rope(1e4, 80))
     with pytest.raises(InputError, match="power of two"):
-        VecInfer(bits=2).validate(layer)
-    VecInfer(bits=2, transform="smooth").validate(layer)
+        VecInfer(bits=2, transform="smooth-hadamard").validate(layer)
+    for transform in ("smooth", "metric"):
+        VecInfer(bits=2, transform=transform).validate(layer)
+
+
+def test_the_first_token_is_exact_where_the_mean_is_taken_off():
+    assert (VecInfer().transform, VecInfer().sink) == ("metric", 1)
+    assert VecInfer(transform="smooth-hadamard").sink == 0  # the paper
+    assert (VecInfer(sink=0).sink, VecInfer(transform="none", sink=3).sink) == (0, 3)
 
 
 def test_formats_read_back():

@@ -44,7 +44,7 @@ def assert_same_cache(a, b, method, lengths):
 
 @pytest.mark.parametrize(("residual", "sink"), WINDOWS)
 def test_encoding_in_bulk_and_token_by_token_is_the_same(residual, sink):
-    method = VecInfer(bits=2, residual=residual, sink=sink)
+    method = VecInfer(bits=2, residual=residual, sink=sink, transform="smooth-hadamard")
     q, k, v = random_qkv(3, 20)
     lengths = np.array([20, 7, 1])
     empty = method.init(LAYER, 3, 32, random_calibration(method))
@@ -63,7 +63,7 @@ def test_encoding_in_bulk_and_token_by_token_is_the_same(residual, sink):
 @pytest.mark.parametrize(("residual", "sink"), WINDOWS)
 def test_decoding_equals_the_strict_evaluation(residual, sink):
     """Every query of a coded prompt reads what decoding at its position reads."""
-    method = VecInfer(bits=4, residual=residual, sink=sink)
+    method = VecInfer(bits=4, residual=residual, sink=sink, transform="smooth-hadamard")
     q, k, v = random_qkv(2, 24)
     empty = method.init(LAYER, 2, 32, random_calibration(method))
     scored, _ = prefill(method, q, k, v, chunk_at([0, 0], [24, 24], 24, True, "coded"), empty)
@@ -74,7 +74,7 @@ def test_decoding_equals_the_strict_evaluation(residual, sink):
 @pytest.mark.parametrize(("residual", "sink"), WINDOWS)
 @pytest.mark.parametrize("read", ["exact", "coded"])
 def test_a_prompt_in_chunks_leaves_the_cache_of_a_whole_one(residual, sink, read):
-    method = VecInfer(bits=2, residual=residual, sink=sink)
+    method = VecInfer(bits=2, residual=residual, sink=sink, transform="smooth-hadamard")
     q, k, v = random_qkv(2, 24)
     lengths = np.array([24, 13])
     empty = method.init(LAYER, 2, 32, random_calibration(method))
@@ -94,7 +94,7 @@ def test_a_prompt_in_chunks_leaves_the_cache_of_a_whole_one(residual, sink, read
 
 
 def test_a_window_over_everything_is_full_precision():
-    coded, full = VecInfer(bits=2, residual=64), FullPrecision()
+    coded, full = VecInfer(bits=2, residual=64, transform="smooth-hadamard"), FullPrecision()
     q, k, v = random_qkv(2, 24)
     calibration = random_calibration(coded)
     for method in (coded, full):
@@ -153,7 +153,7 @@ def test_transforms_leave_scores_as_they_are(transform):
 
 @pytest.mark.parametrize("bits", list(PAPER_FORMATS))
 def test_every_width_of_the_paper_has_the_bytes_it_says(bits):
-    method = VecInfer(bits=bits, residual=0)
+    method = VecInfer(bits=bits, residual=0, transform="smooth-hadamard")
     layer = dataclasses.replace(LAYER, head_dim=64, rope=dataclasses.replace(LAYER.rope, head_dim=64))
     shapes = jax.eval_shape(
         lambda: method.init(
@@ -172,7 +172,7 @@ def test_every_width_of_the_paper_has_the_bytes_it_says(bits):
 
 
 def test_shared_codebooks_serve_every_head():
-    method = VecInfer(bits=2, scope="layer", residual=4)
+    method = VecInfer(bits=2, scope="layer", residual=4, transform="smooth-hadamard")
     q, k, v = random_qkv(2, 16)
     empty = method.init(LAYER, 2, 16, random_calibration(method))
     scored, _ = prefill(method, q, k, v, chunk_at([0, 0], [16, 16], 16, True, "coded"), empty)
@@ -199,11 +199,19 @@ def test_dequantised_keys_are_the_nearest_centroids():
 
 
 def test_different_layers_may_use_different_methods():
-    method = PerLayer(VecInfer(bits=2), ((0, FullPrecision()), (2, VecInfer(bits=4))))
+    method = PerLayer(
+        VecInfer(bits=2, transform="smooth-hadamard"),
+        ((0, FullPrecision()), (2, VecInfer(bits=4, transform="smooth-hadamard"))),
+    )
     assert method.for_layer(0, 3) == FullPrecision()
-    assert method.for_layer(1, 3) == VecInfer(bits=2)
-    assert method.for_layer(2, 3) == VecInfer(bits=4)
-    assert hash(method) == hash(PerLayer(VecInfer(bits=2), ((0, FullPrecision()), (2, VecInfer(bits=4)))))
+    assert method.for_layer(1, 3) == VecInfer(bits=2, transform="smooth-hadamard")
+    assert method.for_layer(2, 3) == VecInfer(bits=4, transform="smooth-hadamard")
+    assert hash(method) == hash(
+        PerLayer(
+            VecInfer(bits=2, transform="smooth-hadamard"),
+            ((0, FullPrecision()), (2, VecInfer(bits=4, transform="smooth-hadamard"))),
+        )
+    )
 
 
 @pytest.mark.parametrize(("residual", "sink"), WINDOWS)

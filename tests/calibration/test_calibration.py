@@ -16,7 +16,7 @@ from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.models.decoder import Decoder, layer_shape
 
-METHOD = VecInfer(bits=2)
+METHOD = VecInfer(bits=2, transform="smooth-hadamard")
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_another_models_artefact_is_refused(saved):
 
 def test_another_methods_artefact_is_refused(saved):
     with pytest.raises(CalibrationError, match="d8b8") as error:
-        load_calibration(saved, small.model(), VecInfer(bits=1))
+        load_calibration(saved, small.model(), VecInfer(bits=1, transform="smooth-hadamard"))
     one_line(error)
 
 
@@ -189,13 +189,13 @@ def test_metadata_without_its_arrays_is_refused(saved, arrays):
 
 def test_a_given_calibration_is_checked_before_use():
     with pytest.raises(CalibrationError):
-        resolve_calibration(small.model(), VecInfer(bits=1), small.calibration_of(METHOD))
+        resolve_calibration(small.model(), VecInfer(bits=1, transform="smooth-hadamard"), small.calibration_of(METHOD))
 
 
 def test_the_first_use_calibrates_says_so_and_keeps_it(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
     monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
-    method = VecInfer(bits=4)
+    method = VecInfer(bits=4, transform="smooth-hadamard")
     made = resolve_calibration(small.model(), method, None)
     assert "calibrating once" in capsys.readouterr().err
     again = resolve_calibration(small.model(), method, None)
@@ -264,7 +264,7 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
 def test_a_damaged_kept_calibration_is_passed_over_and_made_again(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
     monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
-    method = VecInfer(bits=1, residual=0)
+    method = VecInfer(bits=1, residual=0, transform="smooth-hadamard")
     resolve_calibration(small.model(), method)
     from vecinfer_jax.calibration.store import kept_directory
 

@@ -135,7 +135,7 @@ def test_statistics_are_the_same_with_gradients_and_without():
         for field in dataclasses.fields(a):
             if not field.name.endswith("gradients"):
                 np.testing.assert_array_equal(getattr(a, field.name), getattr(b, field.name))
-    for method in (VecInfer(bits=2, residual=0), KVQuant(fisher=False)):
+    for method in (VecInfer(bits=2, residual=0, transform="smooth-hadamard"), KVQuant(fisher=False)):
         fitted = [fit(lm, method, activations, progress=False).digest for activations in (plain, more)]
         assert fitted[0] == fitted[1]
     with pytest.raises(CalibrationError, match="gradients"):

@@ -14,7 +14,7 @@ from vecinfer_jax.calibration.store import load_calibration
 
 
 def test_a_global_codebook_is_the_same_in_every_layer(tmp_path):
-    method = VecInfer(bits=2, scope="global", residual=4)
+    method = VecInfer(bits=2, scope="global", residual=4, transform="smooth-hadamard")
     calibration = small.calibration_of(method)
     for layer in calibration.layers:
         assert set(layer) == {"smooth", "key_codebook", "value_codebook"}
@@ -29,8 +29,10 @@ def test_a_global_codebook_is_the_same_in_every_layer(tmp_path):
 
 
 def test_it_is_fitted_to_the_layers_that_share_it_only():
-    method = VecInfer(bits=2, scope="global", residual=4)
-    window = VecInfer(bits=2, scope="global", residual=8)  # a window is no matter of codebooks
+    method = VecInfer(bits=2, scope="global", residual=4, transform="smooth-hadamard")
+    window = VecInfer(
+        bits=2, scope="global", residual=8, transform="smooth-hadamard"
+    )  # a window is no matter of codebooks
     other = VecInfer(bits=2, scope="global", transform="none")
     mixed = small.calibration_of(PerLayer(method, ((1, window), (2, FullPrecision()))))
     apart = small.calibration_of(PerLayer(method, ((1, other), (2, FullPrecision()))))

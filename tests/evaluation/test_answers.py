@@ -11,7 +11,11 @@ from tests.evaluation.stand_in import StandIn
 from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.models.decoder import Decoder
 
-METHODS = [vj.FullPrecision(), vj.VecInfer(bits=2, residual=4, sink=1), vj.VecInfer(bits=1, residual=0)]
+METHODS = [
+    vj.FullPrecision(),
+    vj.VecInfer(bits=2, residual=4, sink=1, transform="smooth-hadamard"),
+    vj.VecInfer(bits=1, residual=0, transform="smooth-hadamard"),
+]
 
 
 def run(method, **options):
@@ -69,7 +73,7 @@ def test_the_batch_makes_no_difference():
 @pytest.mark.slow
 def test_a_coded_prompt_costs_and_a_window_over_everything_does_not():
     exact = run(None).gold_nll
-    wide = vj.VecInfer(bits=1, residual=128)
+    wide = vj.VecInfer(bits=1, residual=128, transform="smooth-hadamard")
     assert run(wide).gold_nll == pytest.approx(exact, rel=1e-5)
     assert abs(run(METHODS[2]).gold_nll - exact) > 1e-3
     coded, read = run(METHODS[2]), run(METHODS[2], prefill="exact")

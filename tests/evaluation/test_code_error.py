@@ -21,7 +21,7 @@ def windows() -> np.ndarray:
 @pytest.mark.parametrize(
     "method",
     [
-        vj.VecInfer(bits=2),
+        vj.VecInfer(bits=2, transform="smooth-hadamard"),
         vj.KIVI(bits=2, group=16),
         vj.HadamardInt(bits=4),
         vj.PlainVQ(bits=2),
@@ -45,7 +45,10 @@ def test_keys_with_a_mean_are_coded_without_it_where_the_method_takes_it_off():
         projection = lm.params[f"layers_{index}"]["attention"]["k_proj"]
         projection["bias"] = 6 * jax.random.normal(jax.random.key(index), projection["bias"].shape)
     errors = {}
-    for method in (vj.VecInfer(bits=2), vj.VecInfer(bits=2, transform="mean-smooth-hadamard", sink=1)):
+    for method in (
+        vj.VecInfer(bits=2, transform="smooth-hadamard"),
+        vj.VecInfer(bits=2, transform="mean-smooth-hadamard", sink=1),
+    ):
         made = vj.calibrate(lm, method, small.texts(), passages=6, passage_length=64, batch=2, progress=False)
         result = vj.evaluate.code_error(lm, method, made, windows(), progress=False)
         errors[method.transform] = result.key_error
@@ -61,7 +64,7 @@ def test_a_window_without_a_whole_group_is_one_line():
 def test_more_bits_make_smaller_errors():
     errors = []
     for bits in (1, 2, 4):
-        method = vj.VecInfer(bits=bits)
+        method = vj.VecInfer(bits=bits, transform="smooth-hadamard")
         calibration = small.calibration_of(method)
         errors.append(vj.evaluate.code_error(small.model(), method, calibration, windows(), progress=False).key_error)
     assert errors == sorted(errors, reverse=True) and errors[0] > 1.5 * errors[2]

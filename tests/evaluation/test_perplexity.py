@@ -37,7 +37,10 @@ def test_full_precision_perplexity_is_the_mean_likelihood():
 
 def test_strict_reading_costs_and_a_window_over_everything_does_not():
     lm = small.model()
-    strict, window = vj.VecInfer(bits=1, residual=0), vj.VecInfer(bits=1, residual=64)
+    strict, window = (
+        vj.VecInfer(bits=1, residual=0, transform="smooth-hadamard"),
+        vj.VecInfer(bits=1, residual=64, transform="smooth-hadamard"),
+    )
     calibration = small.calibration_of(strict)
     options = {"text": TEXT, "length": 60, "windows": 2, "progress": False}
     coded = vj.evaluate.perplexity(lm, strict, calibration, **options)
@@ -50,7 +53,7 @@ def test_strict_reading_costs_and_a_window_over_everything_does_not():
 
 
 def test_windows_may_be_run_together_and_the_reference_computed_once():
-    lm, method = small.model(), vj.VecInfer(bits=1, residual=0)
+    lm, method = small.model(), vj.VecInfer(bits=1, residual=0, transform="smooth-hadamard")
     calibration = small.calibration_of(method)
     options = {"text": TEXT, "length": 60, "windows": 3, "progress": False}
     alone = vj.evaluate.perplexity(lm, method, calibration, **options)
@@ -63,7 +66,13 @@ def test_windows_may_be_run_together_and_the_reference_computed_once():
         vj.evaluate.perplexity(lm, method, calibration, reference=reference[:2], **options)
 
 
-@pytest.mark.parametrize("method", [vj.VecInfer(bits=2, residual=0), vj.VecInfer(bits=2, residual=8, sink=2)])
+@pytest.mark.parametrize(
+    "method",
+    [
+        vj.VecInfer(bits=2, residual=0, transform="smooth-hadamard"),
+        vj.VecInfer(bits=2, residual=8, sink=2, transform="smooth-hadamard"),
+    ],
+)
 def test_decoding_step_by_step_agrees_with_scoring_at_once(method):
     tokens = small.prompts([60])[0]
     calibration = small.calibration_of(method)

@@ -13,7 +13,7 @@ from vecinfer_jax.calibration.collect import fit
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.evaluation import report, table
 
-CODED = vj.VecInfer(bits=1, residual=0)
+CODED = vj.VecInfer(bits=1, residual=0, transform="smooth-hadamard")
 METHODS = (vj.FullPrecision(), CODED)
 TEXT = "".join(small.texts())
 
@@ -113,10 +113,12 @@ def test_other_settings_or_another_text_are_other_rows(finished):
     made = table.Table(small.model(), directory / "out", progress=False)
     row = table.Row(CODED, tasks[0], "coded", 0)
     identity = json.dumps(made.identity(row))
-    other = table.Row(vj.VecInfer(bits=1, residual=4), tasks[0], "coded", 0)
+    other = table.Row(vj.VecInfer(bits=1, residual=4, transform="smooth-hadamard"), tasks[0], "coded", 0)
     assert json.dumps(made.identity(other)) != identity
     assert json.dumps(made.identity(table.Row(CODED, tasks[0], "exact", 0))) != identity
-    fast = table.Row(vj.VecInfer(bits=1, residual=0, implementation="xla"), tasks[0], "coded", 0)
+    fast = table.Row(
+        vj.VecInfer(bits=1, residual=0, implementation="xla", transform="smooth-hadamard"), tasks[0], "coded", 0
+    )
     assert json.dumps(made.identity(fast)) == identity
     for calibration in ({"samples": 5}, {"passages": 5}, {"texts": ["another"]}):
         otherwise = table.Table(small.model(), directory / "out", progress=False, **calibration)

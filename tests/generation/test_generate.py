@@ -15,7 +15,11 @@ from vecinfer_jax.errors import CapacityError, InputError
 from vecinfer_jax.generation.engine import bucket, engine_for
 from vecinfer_jax.models.decoder import Decoder
 
-METHODS = [vj.FullPrecision(), vj.VecInfer(bits=2, residual=8, sink=2), vj.VecInfer(bits=4, residual=0)]
+METHODS = [
+    vj.FullPrecision(),
+    vj.VecInfer(bits=2, residual=8, sink=2),
+    vj.VecInfer(bits=4, residual=0, transform="smooth-hadamard"),
+]
 
 
 def generate(prompts, method=METHODS[0], **options):
@@ -120,7 +124,7 @@ def test_a_prompt_in_chunks_gives_full_precision_tokens_or_near_ones(method):
 
 
 def test_nothing_recompiles_within_a_bucket():
-    method = vj.VecInfer(bits=2, residual=8, sink=2)
+    method = vj.VecInfer(bits=2, residual=8, sink=2, transform="smooth-hadamard")
     generate(small.prompts([33]), method, max_new_tokens=9)
     lm = small.model()
     engine = engine_for(Decoder(lm.config, method, lm.dtype))
@@ -194,7 +198,7 @@ def test_a_prompt_may_fill_the_capacity_to_the_last_token():
 
 
 def test_stats_count_what_was_allocated():
-    method = vj.VecInfer(bits=2, residual=8, sink=2)
+    method = vj.VecInfer(bits=2, residual=8, sink=2, transform="smooth-hadamard")
     out = generate(small.prompts([20, 30]), method, max_new_tokens=10)
     c = small.CONFIG
     slots = out.stats.capacity - 10

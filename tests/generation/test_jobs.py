@@ -123,7 +123,7 @@ def test_the_input_is_never_the_output(source):
 def test_answers_with_another_calibration_are_not_mixed_in(source, tmp_path):
     from vecinfer_jax.calibration.collect import calibrate
 
-    method = vj.VecInfer(bits=2, residual=4)
+    method = vj.VecInfer(bits=2, residual=4, transform="smooth-hadamard")
     out, options = tmp_path / "a.jsonl", OPTIONS | {"method": method}
     run_job(small.model(), source, out, calibration=small.calibration_of(method), **options)
     other = calibrate(small.model(), method, small.texts(), passages=5, passage_length=64, seed=9, progress=False)

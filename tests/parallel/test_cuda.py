@@ -23,9 +23,14 @@ CONFIG = dataclasses.replace(
 @pytest.mark.parametrize(
     ("method", "kernels"),
     [
-        (VecInfer(bits=2, sink=1, implementation="mosaic_gpu"), ("vq_append", "vq_decode_attention")),
+        (
+            VecInfer(bits=2, sink=1, implementation="mosaic_gpu", transform="smooth-hadamard"),
+            ("vq_append", "vq_decode_attention"),
+        ),
         pytest.param(FullPrecision(), (), marks=pytest.mark.slow),
-        pytest.param(VecInfer(bits=2, implementation="triton"), ("triton",), marks=pytest.mark.slow),
+        pytest.param(
+            VecInfer(bits=2, implementation="triton", transform="smooth-hadamard"), ("triton",), marks=pytest.mark.slow
+        ),
         pytest.param(KVQuant(bits=3, implementation="mosaic_gpu"), ("nuq_decode_attention",), marks=pytest.mark.slow),
         pytest.param(KVQuant(bits=2, implementation="triton"), ("triton",), marks=pytest.mark.slow),
     ],

@@ -36,6 +36,8 @@ TRANSFORMS = (*PAPER_TRANSFORMS, *CENTRING_TRANSFORMS)
 SCOPES = ("layer_head", "layer", "global")
 WEIGHTED = ("none", "keys", "values", "both")
 REFINEMENTS = ("none", "attention", "kl")
+# Passages and tokens of one: a head's mean depends on positions, which RoPE turns.
+CENTRED_TEXT = (64, 1024)
 
 
 @struct.dataclass
@@ -66,14 +68,15 @@ class VecInfer(VectorQuantisedMethod):
 
     bits:       4, 3, 2, 1.5, 1.25 or 1: the paper's formats for that average.
     key, value: formats such as "d4b10", "d8b12" in place of the paper's.
-    transform:  of the keys. "smooth-hadamard" is the paper, "hadamard-smooth", "smooth", "hadamard" and "none" its
-        ablation. "metric" is ours (`vecinfer_jax.calibration.metric`): the mean of a head's keys taken off, and a dense
-        map that weighs errors as queries see them; to be used with sink=1 or more, since the first token's key is far
-        from every other. "rotation" is the same without the queries, "mean-smooth-hadamard" the paper's on keys without
-        their mean.
+    transform:  of the keys. "metric" is ours (`vecinfer_jax.calibration.metric`): the mean of a head's keys taken off,
+        and a dense map that weighs errors as queries see them. "rotation" is the same without the queries,
+        "mean-smooth-hadamard" the paper's on keys without their mean. "smooth-hadamard" is the paper,
+        "hadamard-smooth", "smooth", "hadamard" and "none" its ablation.
     rotate_values: turn values to their principal directions, in serpentine order; folded into W_v and W_o.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
-    residual:   exact recent tokens (paper: 128); sink: exact first tokens (paper: 0).
+    residual:   exact recent tokens (paper: 128).
+    sink:       exact first tokens. Left out, 0 with the paper's transforms, as there, and 1 with those that take off
+        the mean, since the first token's key is far from every other.
     weighted:   "keys", "values" or "both": tokens count in k-means by the square root of what their error does to the
         attention's output on the calibration text (`statistics.attention_received`); "none": all alike.
     restarts:   starts of k-means, the best of which is kept.
@@ -84,7 +87,8 @@ class VecInfer(VectorQuantisedMethod):
         best that serves the device and the model); interpret: run Pallas kernels in interpret mode (tests).
     """
 
-    transform: str = "smooth-hadamard"
+    sink: int = dataclasses.field(default=None, kw_only=True)  # type: ignore[assignment]
+    transform: str = "metric"
     scope: str = "layer_head"
     implementation: str | None = None
     interpret: bool = False
@@ -97,6 +101,8 @@ class VecInfer(VectorQuantisedMethod):
     needs_calibration: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        if self.sink is None:
+            object.__setattr__(self, "sink", int(self.transform in CENTRING_TRANSFORMS))
         super().__post_init__()
         kernels = dispatch.TABLE["vq_decode_attention"]
         if self.implementation is not None and self.implementation not in kernels:
@@ -151,6 +157,10 @@ class VecInfer(VectorQuantisedMethod):
         rest = [] if self.fuses_queries else [self.transform]
         rest += [] if self.implementation in (None, "mosaic_gpu") else [self.implementation]
         return " ".join([super().reading(), *rest])
+
+    @property
+    def calibration_text(self) -> tuple[int, int] | None:
+        return CENTRED_TEXT if self.centres else None
 
     def calibration_key(self) -> dict[str, Any]:
         key = super().calibration_key() | {"transform": self.transform, "scope": self.scope}

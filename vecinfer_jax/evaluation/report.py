@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from vecinfer_jax.caches.vecinfer import CENTRING_TRANSFORMS
 from vecinfer_jax.calibration.collect import DEFAULT_TEXT, PASSAGE_LENGTH, PASSAGES, SAMPLES
 from vecinfer_jax.errors import InputError
 
@@ -74,7 +75,8 @@ def method_label(method: Mapping[str, Any]) -> str:
         shown.append(key if key == value else f"K {key} V {value}")
     elif bits is not None:
         shown.append(f"{bits:g} bit")
-    usual = {"sink": 0, "transform": "smooth-hadamard", "scope": "layer_head"} | KVQUANT
+    centred = rest.get("transform") in CENTRING_TRANSFORMS
+    usual = {"sink": int(centred), "transform": "metric", "scope": "layer_head"} | KVQUANT
     shown += [f"{k}={v}" for k, v in rest.items() if usual.get(k, ...) != v and v is not None]
     return " ".join([method["name"], ", ".join(shown)]).strip()
 
