@@ -105,6 +105,16 @@ def test_over_two_gpus_each_holds_half_of_the_codes_and_all_of_the_rest():
         assert two.most_tokens == pytest.approx(2 * one.most_tokens, rel=1e-3)
 
 
+def test_gpus_of_one_host_share_its_memory():
+    method = vj.TailorKV(roles=("sparse*2",), recent=8, sink=2)
+    one, two = (
+        plan(CONFIG, method, batch=1, tokens=2**16, memory=2**34, host_memory=2**30, gpus=gpus) for gpus in (1, 2)
+    )
+    assert two.cache_bytes["host"] == pytest.approx(one.cache_bytes["host"], rel=1e-2)
+    assert two.cache_bytes["state"] == one.cache_bytes["state"]
+    assert two.most_tokens == pytest.approx(one.most_tokens, rel=1e-2)
+
+
 def test_copies_of_folded_weights_are_counted():
     plain, folded = (of(vj.VecInfer(bits=2, rotate_values=r)).weights_bytes for r in (False, True))
     copied = plan_folded_leaves()

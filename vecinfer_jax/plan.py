@@ -79,8 +79,6 @@ def plan(
     copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
     weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
     held = cache_bytes(config, method, batch, tokens, dtype, gpus)
-    if gpus > 1 and held["host"]:
-        raise InputError("caches in the host's memory cannot lie on a mesh: leave out gpus, or choose another method")
     free = memory - weights - RESERVE
     limits = {"total": free} | ({} if host_memory is None else {"host": host_memory})
     # Allocated bytes grow linearly beyond the window.
@@ -154,7 +152,8 @@ def _parameters(config: ModelConfig) -> int:
 def cache_bytes(
     config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any, gpus: int = 1
 ) -> dict[str, int]:
-    """What the caches of all layers would allocate, by kind; on each of `gpus` over which the tokens are split."""
+    """What the caches of all layers would allocate, by kind; on each of `gpus` over which the tokens are split, and on
+    the one host that they share."""
     n = config.num_layers
     calibration = [random_calibration(config, method, i, dtype) or None for i in range(n)]
     axes = MeshAxes(context="context", shards=gpus) if gpus > 1 else NO_AXES
@@ -172,7 +171,8 @@ def cache_bytes(
 
     shapes = jax.eval_shape(init)
     specs = cache_specs(shapes, lambda axis: gpus > 1 and axis == "context")
-    return allocated_bytes(device_share(shapes, specs, {"context": gpus}))
+    host = allocated_bytes(shapes)["host"]
+    return allocated_bytes(device_share(shapes, specs, {"context": gpus})) | {"host": host}
 
 
 def _within(held: Mapping[str, int], limits: Mapping[str, int]) -> bool:

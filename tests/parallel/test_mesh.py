@@ -13,6 +13,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 SHAPES = ("8x1x1", "1x8x1", "1x1x8", "2x2x2", "4x2x1", "1x4x2")
+# A quantised layer and one in the host's memory; layers there alone, as codes.
+ON_HOST = "tailorkv:bits=2,group=8,residual=16,roles=quantised+sparse,tokens=24,channels=4,sink=2,recent=5,block=8"
+CODES_ON_HOST = "tailorkv:roles=sparse*2,host=vecinfer-4,tokens=24,channels=4,sink=2,recent=5,block=8"
 METHODS = (
     "full",
     "vecinfer:bits=2,residual=16,sink=1",
@@ -22,6 +25,8 @@ METHODS = (
     "kivi:bits=2,group=32,residual=16",
     "hadamard-int:bits=2,residual=16",
     "plain-vq:bits=2,residual=16",
+    ON_HOST,
+    CODES_ON_HOST,
 )
 
 
@@ -51,9 +56,13 @@ def test_of_a_mesh(claims):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["full", "vecinfer:bits=2,residual=16"])
+@pytest.mark.parametrize("method", ["full", "vecinfer:bits=2,residual=16", ON_HOST])
 def test_generation_gives_the_tokens_of_one_device(method):
     on_eight_devices("the_tokens_of_one_device", method, *SHAPES)
+
+
+def test_tokens_of_the_host_are_those_of_one_device():
+    on_eight_devices("the_codes_of_one_device", ON_HOST, "2x2x2")
 
 
 @pytest.mark.slow

@@ -12,12 +12,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int
 
-from vecinfer_jax.caches.base import ReadMode, allocated_bytes
+from vecinfer_jax.caches.base import ReadMode
 from vecinfer_jax.caches.stripes import of_prompt, prompt_pieces, prompt_share
-from vecinfer_jax.errors import InputError
 from vecinfer_jax.models.checkpoint_map import flatten, unflatten
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.network import Network
@@ -25,6 +24,7 @@ from vecinfer_jax.parallel.mesh import Layout
 from vecinfer_jax.parallel.shardings import (
     ADDED_ONCE,
     NonEmpty,
+    cache_shardings,
     cache_specs,
     device_share,
     splits_vocabulary,
@@ -52,13 +52,9 @@ class SplitNetwork(Network):
         self.share: Decoder = decoder.clone(config=share, whole_vocabulary=not split)
 
     def init_caches(self, calibration: Any, batch: int, capacity: int) -> tuple[Callable[..., Any], Any]:
-        """Raises `InputError` for methods that keep tokens in the host's memory."""
         init = functools.partial(super().init, batch, capacity)
         shapes = jax.eval_shape(init, calibration)
-        if allocated_bytes(shapes)["host"]:
-            raise InputError("caches in the host's memory cannot lie on a mesh: leave it out, or choose another method")
-        specs = self.cache_specs(shapes)
-        return init, jax.tree.map(lambda spec: NamedSharding(self.layout.mesh, spec), specs, is_leaf=_is_spec)
+        return init, cache_shardings(shapes, self.cache_specs(shapes), self.layout.mesh)
 
     def cache_specs(self, shapes: Any) -> Any:
         """Specs of caches of these shapes."""
@@ -152,7 +148,3 @@ class SplitNetwork(Network):
         return unflatten(
             {p: jnp.where(first, x, 0).astype(x.dtype) if p.endswith(ADDED_ONCE) else x for p, x in flat.items()}
         )
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
