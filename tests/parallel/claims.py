@@ -14,16 +14,17 @@ from jax.sharding import PartitionSpec
 
 import vecinfer_jax as vj
 from tests import small
+from tests.evaluation.stand_in import StandIn
 from vecinfer_jax import specs
 from vecinfer_jax.caches import METHODS
 from vecinfer_jax.caches.base import NO_AXES, Chunk
 from vecinfer_jax.caches.stripes import MERGES, prompt_pieces, prompt_share, stripes, whole_prompt
-from vecinfer_jax.calibration.collect import calibrate
+from vecinfer_jax.calibration.collect import calibrate, collect
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.models import random_model
 from vecinfer_jax.models.decoder import Decoder, layer_shape
 from vecinfer_jax.models.network import Network
-from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_params
+from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_model, place_params
 from vecinfer_jax.parallel.shardings import NonEmpty, cache_shardings, cache_specs, device_share
 
 CONFIG = dataclasses.replace(small.CONFIG, num_query_heads=16, num_kv_heads=8, num_layers=2)
@@ -210,6 +211,58 @@ def held_slots(x, axis, method, cache):
     """An array of the host with zeros beyond the slots that each row holds: they are written before they count."""
     there = np.arange(x.shape[axis]) < np.asarray(method.coded_count(cache.lengths))[:, None]
     return np.where(there.reshape(len(x), *(-1 if i == axis else 1 for i in range(1, x.ndim))), x, 0)
+
+
+def lm_on(shape):
+    return place_model(model(), layout_of(shape))
+
+
+def activations_are_those_of_one_device(*shapes):
+    """All that methods are calibrated with, of a last batch that is not full."""
+    how = {"passages": 5, "passage_length": 61, "batch": 4, "samples": 100, "progress": False}
+    wanted = frozenset({"weights", "windows", "gradients", "shares"})
+    alone = collect(model(), small.texts(), wanted=wanted, **how)
+    for shape in shapes:
+        found = collect(lm_on(shape), small.texts(), wanted=wanted, **how)
+        assert found.metadata == alone.metadata and found.passages == alone.passages
+        for index, layers in enumerate(zip(found.statistics, alone.statistics, strict=True)):
+            for (name, got), (_, want) in zip(*map(jax.tree_util.tree_leaves_with_path, layers), strict=True):
+                exact = want.dtype == np.int32 or "priority" in str(name)
+                close = 2**-6 if "gradients" in str(name) else 1e-4  # gradients are bfloat16
+                far = {} if exact else {"rtol": close, "atol": 1e-5 * np.abs(want.astype(np.float32)).max()}
+                compare = np.testing.assert_array_equal if exact else np.testing.assert_allclose
+                got, want = (x if exact else x.astype(np.float32) for x in (got, want))
+                compare(got, want, err_msg=f"{shape} layer {index} {name}", **far)
+
+
+def evaluation_is_that_of_one_device(text, *shapes):
+    """Perplexity of windows that no axis divides, errors of codes, and what a task's cases are answered."""
+    method, calibration = method_and_calibration(text)
+    document = "".join(small.texts())
+    windows = np.asarray(small.prompts((101, 101)))
+
+    def measured(lm):
+        how = {"length": 101, "windows": 3, "batch": 2, "progress": False}
+        return (
+            [vj.evaluate.perplexity(lm, method, calibration, document, prefill=p, **how) for p in ("coded", "exact")],
+            vj.evaluate.code_error(lm, method, calibration, windows, progress=False),
+            vj.evaluate.answer(lm, StandIn(), method, calibration, batch=2, progress=False),
+        )
+
+    alone = measured(model())
+    for shape in shapes:
+        for want, got in zip(
+            jax.tree.leaves(fields(alone)), jax.tree.leaves(fields(measured(lm_on(shape)))), strict=True
+        ):
+            if isinstance(want, str):
+                assert got == want
+            else:
+                np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5, err_msg=f"{text} {shape}")
+
+
+def fields(results):
+    """What results hold, as a tree."""
+    return jax.tree.map(dataclasses.asdict, results, is_leaf=lambda x: dataclasses.is_dataclass(x))
 
 
 def every_merge_is_one_softmax():

@@ -37,7 +37,7 @@ ADDED_ONCE = ("o_proj/bias", "down_proj/bias")
 # A cache's arrays say in their annotations, such as Float[Array, "B Hkv S D"], what their axes are.
 CACHE_AXES = {
     "B": "data",
-    **dict.fromkeys(("Hkv", "Hk", "Hv", "Mk", "Mv"), "model"),
+    **dict.fromkeys(("Hq", "Hkv", "Hk", "Hv", "Mk", "Mv"), "model"),
     **dict.fromkeys(("S", "tiles", "groups", "shards"), "context"),
 }
 
@@ -73,6 +73,11 @@ def place_params(params: Any, config: ModelConfig, mesh: Mesh | Layout) -> Any:
     """The parameters where they belong; those that are there already are not copied."""
     sharding = weight_sharding(mesh, config)
     return unflatten({path: jax.device_put(x, sharding(path)) for path, x in flatten(params).items()})
+
+
+def place_model(lm: Any, mesh: Mesh | Layout) -> Any:
+    """The model on a mesh, as `load(mesh=)` gives it. Raises `InputError` where it cannot be split so."""
+    return dataclasses.replace(lm, params=place_params(lm.params, lm.config, mesh), layout=layout_of(mesh))
 
 
 def cache_specs(shapes: Any, splits: Callable[[str], bool]) -> Any:
