@@ -34,7 +34,7 @@ class Layerwise:
     def __init__(self, lm: Any, method: CacheMethod | None = None, calibration: Calibration | None = None) -> None:
         """Raises `InputError` where the mesh is of several processes."""
         if lm.layout is not None and lm.layout.mesh.is_multi_process:
-            raise InputError("calibration and evaluation run in one process: give a mesh of this one's devices alone")
+            raise InputError("models are calibrated and evaluated in one process: give several the artefact of one")
         self.lm = lm
         self.method = method or FullPrecision()
         if calibration is not None:
