@@ -105,6 +105,18 @@ def test_over_two_gpus_each_holds_half_of_the_codes_and_all_of_the_rest():
         assert two.most_tokens == pytest.approx(2 * one.most_tokens, rel=1e-3)
 
 
+def test_a_step_over_gpus_reads_a_share_and_merges_and_is_not_guessed(monkeypatch, capsys):
+    monkeypatch.setattr(planning, "MEASURED_HEAD_DIMS", (CONFIG.head_dim,))
+    device = Device("x", 2**40, 1.0, 100.0, {"full": Reading(4.0, 0.0)}, {2: 7.0})
+    one, two, four = (milliseconds(CONFIG, vj.FullPrecision(), 1, 2**20, device, gpus) for gpus in (1, 2, 4))
+    read = [bytes_read(CONFIG, vj.FullPrecision(), 1, 2**20, gpus) for gpus in (1, 2)]
+    assert read[0] == 2 * read[1]
+    assert two == pytest.approx(one - (read[0] - read[1]) / 4e6 + CONFIG.num_layers * 7.0 / 1e3)
+    assert four is None
+    assert main(["plan", "full", "--gpu", "h100", "--gpus", "3"]) == 0
+    assert "a step over 3 GPUs was not measured" in capsys.readouterr().out
+
+
 def test_gpus_of_one_host_share_its_memory():
     method = vj.TailorKV(roles=("sparse*2",), recent=8, sink=2)
     one, two = (

@@ -329,9 +329,7 @@ def plan(
             print(
                 f"{text:24} {row.bits_per_element:6.2f} bits  weights {row.weights_bytes / 2**30:6.2f} GiB  "
                 f"cache {row.cache_bytes['total'] / 2**30:8.2f} GiB  {'fits' if row.fits else 'does NOT fit':12} "
-                f"at most {row.most_tokens:>12,} tokens a sequence"
-                + (f"  {row.ms_per_step:8.2f} ms a step" if row.ms_per_step is not None else "")
-                + _host_memory(row.cache_bytes)
+                f"at most {row.most_tokens:>12,} tokens a sequence" + _step_time(row) + _host_memory(row.cache_bytes)
             )
     if json_out is not None:
         name = None if device is None else device.name
@@ -728,6 +726,13 @@ def _run_task(
         print(f"bits per element  {result.bits_per_element:g}")
     if json_out is not None:
         _write_json(json_out, {"model": lm.name, "method": repr(method), **dataclasses.asdict(result)})
+
+
+def _step_time(row: Any) -> str:
+    """A predicted step; of several GPUs also that there is no prediction."""
+    if row.ms_per_step is not None:
+        return f"  {row.ms_per_step:8.2f} ms a step"
+    return f"  a step over {row.gpus} GPUs was not measured" if row.gpus > 1 and row.fits else ""
 
 
 def _host_memory(cache_bytes: dict[str, int]) -> str:

@@ -4,8 +4,12 @@ own, whose CPU has eight devices (`tests.parallel.test_mesh`)."""
 import collections
 import dataclasses
 import functools
+import json
 import re
 import sys
+import tempfile
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +19,7 @@ from jax.sharding import PartitionSpec
 import vecinfer_jax as vj
 from tests import small
 from tests.evaluation.stand_in import StandIn
-from vecinfer_jax import specs
+from vecinfer_jax import cli, specs
 from vecinfer_jax.caches import METHODS
 from vecinfer_jax.caches.base import NO_AXES, Chunk
 from vecinfer_jax.caches.stripes import MERGES, prompt_pieces, prompt_share, stripes, whole_prompt
@@ -23,6 +27,7 @@ from vecinfer_jax.calibration.collect import calibrate, collect
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.models import random_model
 from vecinfer_jax.models.decoder import Decoder, layer_shape
+from vecinfer_jax.models.layerwise import Layerwise
 from vecinfer_jax.models.network import Network
 from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_model, place_params
 from vecinfer_jax.parallel.shardings import NonEmpty, cache_shardings, cache_specs, device_share
@@ -272,6 +277,59 @@ def same_results(got, want, said):
             np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5 + least, err_msg=f"{said} {name}")
 
 
+def selection_is_that_of_one_device(text, *shapes):
+    """What layers in the host's memory would read."""
+    method, calibration = method_and_calibration(text)
+    windows = np.asarray(small.prompts((101,)))
+    alone = vj.evaluate.selection_recall(model(), method, calibration, windows, progress=False)
+    for shape in shapes:
+        found = vj.evaluate.selection_recall(lm_on(shape), method, calibration, windows, progress=False)
+        same_results(found, alone, f"{text} {shape}")
+
+
+def calibrations_of_a_mesh_serve_as_well(text, *shapes):
+    """What rounding tips in k-means leaves other codebooks, and no worse ones."""
+    method, calibration = method_and_calibration(text)
+    how = {"text": "".join(small.texts()), "length": 64, "windows": 2, "progress": False}
+    alone = vj.evaluate.perplexity(model(), method, calibration, **how).kl
+    for shape in shapes:
+        made = calibrate(lm_on(shape), method, small.texts(), passages=6, passage_length=64, batch=2, progress=False)
+        assert vj.evaluate.perplexity(model(), method, made, **how).kl < 1.2 * alone
+
+
+def the_command_takes_a_mesh():
+    with tempfile.TemporaryDirectory() as directory:
+        there = Path(directory)
+        (there / "text.txt").write_text("\n\n".join(small.texts()))
+        model().save(there / "model")
+        common = ["--model", there / "model", "--bits", 2, "--text", there / "text.txt", "--quiet"]
+        made = ["--passages", 4, "--passage-length", 64, "--output", there / "artefact", "--mesh", "data=2,model=2"]
+        scored = [
+            "--residual",
+            0,
+            "--calibration",
+            there / "artefact",
+            "--length",
+            64,
+            "--windows",
+            2,
+            "--json",
+            there / "scores.json",
+        ]
+        for command in (
+            ["calibrate", *common, *made],
+            ["evaluate", "perplexity", *common, *scored, "--mesh", "context=2,model=4"],
+        ):
+            assert cli.main([str(word) for word in command]) == 0
+        found = json.loads((there / "scores.json").read_text())["perplexity"]
+        calibration = vj.load_calibration(there / "artefact", model())
+        text = "\n\n".join(small.texts())
+        alone = vj.evaluate.perplexity(
+            model(), vj.VecInfer(bits=2, residual=0), calibration, text, length=64, windows=2, progress=False
+        )
+        assert abs(found / alone.perplexity - 1) < 1e-3
+
+
 def fields(results):
     """What results hold, as a tree."""
     return jax.tree.map(dataclasses.asdict, results, is_leaf=lambda x: dataclasses.is_dataclass(x))
@@ -376,8 +434,9 @@ def short_caches_are_not_split():
 
 
 def what_does_not_fit_is_said_in_one_line():
-    lm = model()
+    lm, several = model(), types.SimpleNamespace(mesh=types.SimpleNamespace(is_multi_process=True))
     for action, words in (
+        (lambda: Layerwise(dataclasses.replace(lm, layout=several)), "in one process"),
         (lambda: make_mesh(context=9), "9 devices, there are 8"),
         (lambda: parse_mesh("contexts=2"), "no axis 'contexts'"),
         (lambda: parse_mesh("context=two"), "context=2"),

@@ -52,7 +52,12 @@ def on_eight_devices(claim, *arguments):
         "every_merge_is_one_softmax,what_does_not_fit_is_said_in_one_line,short_caches_are_not_split",
         *(
             pytest.param(claim, marks=pytest.mark.slow)
-            for claim in ("a_step_sends_what_the_design_says", "weights_are_where_they_belong", "biases_count_once")
+            for claim in (
+                "a_step_sends_what_the_design_says",
+                "weights_are_where_they_belong",
+                "biases_count_once",
+                "the_command_takes_a_mesh",
+            )
         ),
     ],
 )
@@ -173,3 +178,15 @@ def test_perplexity_is_that_of_one_device():
 @pytest.mark.parametrize("method", [METHODS[0], METHODS[1], METHODS[3], ON_HOST, CODES_ON_HOST])
 def test_evaluation_is_that_of_one_device(method):
     on_eight_devices("evaluation_is_that_of_one_device", method, "2x2x2", "1x8x1", "1x1x8", "4x1x2")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", [ON_HOST, CODES_ON_HOST])
+def test_the_selection_is_that_of_one_device(method):
+    on_eight_devices("selection_is_that_of_one_device", method, "2x2x2", "1x1x8")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["vecinfer:bits=2", "vecinfer:bits=2,transform=metric,refine=kl,rotate_values=true"])
+def test_calibrations_of_a_mesh_serve_as_well(method):
+    on_eight_devices("calibrations_of_a_mesh_serve_as_well", method + ",residual=8", "2x2x2")
