@@ -24,9 +24,11 @@ from vecinfer_jax.caches import METHODS
 from vecinfer_jax.caches.base import NO_AXES, Chunk
 from vecinfer_jax.caches.stripes import MERGES, prompt_pieces, prompt_share, stripes, whole_prompt
 from vecinfer_jax.calibration.collect import calibrate, collect
+from vecinfer_jax.calibration.distil import refine_model
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.models import random_model
 from vecinfer_jax.models.decoder import Decoder, layer_shape
+from vecinfer_jax.models.folding import fold_values
 from vecinfer_jax.models.layerwise import Layerwise
 from vecinfer_jax.models.network import Network
 from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_model, place_params
@@ -295,6 +297,23 @@ def calibrations_of_a_mesh_serve_as_well(text, *shapes):
     for shape in shapes:
         made = calibrate(lm_on(shape), method, small.texts(), passages=6, passage_length=64, batch=2, progress=False)
         assert vj.evaluate.perplexity(model(), method, made, **how).kl < 1.2 * alone
+
+
+def descent_is_that_of_one_device(text, *shapes):
+    """Two steps through the whole model, from the same codebooks."""
+    method, calibration = method_and_calibration(text)
+    passages = small.prompts((40, 40))
+    found = []
+    for lm in (model(), *map(lm_on, shapes)):
+        params = fold_values(lm, method, calibration)
+        layers = calibration.layers
+        found.append(refine_model(lm, params, layers, [0] * len(layers), passages, seed=0, steps=2))
+    for got, shape in zip(found[1:], shapes, strict=True):
+        for index, want in enumerate(found[0]):
+            for name, array in want.items():
+                far = {"rtol": 1e-3, "atol": 1e-4 * np.abs(array).max()}
+                np.testing.assert_allclose(got[index][name], array, err_msg=f"{shape} {index} {name}", **far)
+            assert any(np.abs(array - calibration.layers[index][name]).max() > 1e-3 for name, array in want.items())
 
 
 def the_command_takes_a_mesh():

@@ -13,14 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerShape
 from vecinfer_jax.calibration.fisher import gradient_by_rows
 from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
 from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
 from vecinfer_jax.models.layerwise import head_of, unembed
+from vecinfer_jax.parallel.shardings import weight_specs
+from vecinfer_jax.parallel.share import Share
 from vecinfer_jax.rope import apply_rope
 
 # Adam's rates, as shares of an array's root mean square; they fall to 0 as a cosine.
@@ -70,6 +73,8 @@ def refine_model(
     params: the model's, with the values' transform folded in; sinks: of each layer's method.
     """
     config, dtype = lm.config, jnp.dtype(lm.dtype)
+    # One passage is run at a time: what splits it is the model axis.
+    share = None if lm.layout is None else Share(config, lm.layout, lm.layout.axes_of_texts(1, context=False))
     names = [f"layers_{index}" for index in range(config.num_layers)]
     head = head_of(params)
     held = [{name: jnp.asarray(array, jnp.float32) for name, array in layer.items()} for layer in layers]
@@ -95,12 +100,22 @@ def refine_model(
         arrays = [{**layer, **unscaled(s, size)} for layer, s, size in zip(held, scaled, sizes, strict=True)]
         for name, layer, sink in zip(names, arrays, sinks, strict=True):
             inputs.append(x)
-            x = _forward(config, dtype, sink, params[name], x, layer, positions, cos, sin)
-            full = _forward(config, dtype, sink, params[name], full, {}, positions, cos, sin)
+            x = _forward(config, dtype, share, sink, params[name], x, layer, positions, cos, sin)
+            full = _forward(config, dtype, share, sink, params[name], full, {}, positions, cos, sin)
         gradient = _divergence_gradient(config, dtype, head, x[0], full[0])[None]
         for at in reversed(range(len(names))):
             gradient, of_arrays = _backward(
-                config, dtype, sinks[at], params[names[at]], inputs[at], arrays[at], positions, cos, sin, gradient
+                config,
+                dtype,
+                share,
+                sinks[at],
+                params[names[at]],
+                inputs[at],
+                arrays[at],
+                positions,
+                cos,
+                sin,
+                gradient,
             )
             scaled[at], states[at] = update(scaled[at], states[at], of_arrays, sizes[at])
     return [
@@ -112,6 +127,7 @@ def refine_model(
 def _layer_output(
     config: Any,
     dtype: Any,
+    share: Share | None,
     sink: int,
     params: Any,
     x: Float[Array, "1 T hidden"],
@@ -120,19 +136,40 @@ def _layer_output(
     cos: Array,
     sin: Array,
 ) -> Float[Array, "1 T hidden"]:
-    lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-    chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype))
-    out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, arrays, Differentiable(sink), False)
-    return out[0]  # type: ignore[no-any-return]
+    axes, here = (NO_AXES, config) if share is None else (share.axes, share.of_device)
+
+    def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> Array:
+        lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+        chunk = Chunk(places[0], lengths, *places[1:], layer=layer_shape(here, 0, dtype, axes))
+        own = params if share is None else share.biases_once(params)
+        out: Any = DecoderLayer(here, dtype).apply({"params": own}, x, chunk, arrays, Differentiable(sink), False)
+        return out[0]  # type: ignore[no-any-return]
+
+    if share is None:
+        return run(params, x, arrays, positions, cos, sin)
+    whole = PartitionSpec()
+    by_head = {
+        name: PartitionSpec(axes.model) if len(array) == config.num_kv_heads else whole
+        for name, array in arrays.items()
+    }
+    mapped = jax.shard_map(
+        run,
+        mesh=share.layout.mesh,
+        in_specs=(weight_specs(params, config, share.layout), whole, by_head, whole, whole, whole),
+        out_specs=whole,
+        check_vma=False,
+    )
+    return mapped(params, x, arrays, positions, cos, sin)
 
 
-_forward = jax.jit(_layer_output, static_argnums=(0, 1, 2))
+_forward = jax.jit(_layer_output, static_argnums=(0, 1, 2, 3))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _backward(
     config: Any,
     dtype: Any,
+    share: Share | None,
     sink: int,
     params: Any,
     x: Float[Array, "1 T hidden"],
@@ -145,7 +182,7 @@ def _backward(
     """Gradients with respect to a layer's input and its arrays, from that with respect to its output."""
 
     def run(x: Array, arrays: Arrays) -> Array:
-        return _layer_output(config, dtype, sink, params, x, arrays, positions, cos, sin)
+        return _layer_output(config, dtype, share, sink, params, x, arrays, positions, cos, sin)
 
     return jax.vjp(run, x, arrays)[1](gradient)
 

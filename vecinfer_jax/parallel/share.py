@@ -110,7 +110,7 @@ class Share:
         of_held = everywhere.held(of_caches)
 
         def share(params: Any, held: list[jax.Array], *inputs: Any) -> Any:
-            outputs, caches = run(self._biases_once(params), here.whole(held), *inputs)
+            outputs, caches = run(self.biases_once(params), here.whole(held), *inputs)
             return outputs, here.held(caches)
 
         outputs, held = jax.shard_map(
@@ -122,7 +122,7 @@ class Share:
         )(params, everywhere.held(caches), *inputs)
         return outputs, everywhere.whole(held)
 
-    def _biases_once(self, params: Any) -> Any:
+    def biases_once(self, params: Any) -> Any:
         """Biases that are added to a sum over the model axis, on its first device only."""
         axis = self.axes.model
         if axis is None:
