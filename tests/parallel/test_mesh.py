@@ -190,3 +190,9 @@ def test_the_selection_is_that_of_one_device(method):
 @pytest.mark.parametrize("method", ["vecinfer:bits=2", "vecinfer:bits=2,transform=metric,refine=kl,rotate_values=true"])
 def test_calibrations_of_a_mesh_serve_as_well(method):
     on_eight_devices("calibrations_of_a_mesh_serve_as_well", method + ",residual=8", "2x2x2")
+
+
+@pytest.mark.slow
+def test_descent_is_that_of_one_device():
+    method = "vecinfer:bits=2,transform=metric,rotate_values=true,residual=8"
+    on_eight_devices("descent_is_that_of_one_device", method, "2x2x2", "1x1x8")

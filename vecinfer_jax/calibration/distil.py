@@ -104,19 +104,8 @@ def refine_model(
             full = _forward(config, dtype, share, sink, params[name], full, {}, positions, cos, sin)
         gradient = _divergence_gradient(config, dtype, head, x[0], full[0])[None]
         for at in reversed(range(len(names))):
-            gradient, of_arrays = _backward(
-                config,
-                dtype,
-                share,
-                sinks[at],
-                params[names[at]],
-                inputs[at],
-                arrays[at],
-                positions,
-                cos,
-                sin,
-                gradient,
-            )
+            of_layer = params[names[at]], inputs[at], arrays[at]
+            gradient, of_arrays = _backward(config, dtype, share, sinks[at], *of_layer, positions, cos, sin, gradient)
             scaled[at], states[at] = update(scaled[at], states[at], of_arrays, sizes[at])
     return [
         {**layer, **{name: np.asarray(array) for name, array in unscaled(s, size).items()}}
@@ -138,9 +127,9 @@ def _layer_output(
 ) -> Float[Array, "1 T hidden"]:
     axes, here = (NO_AXES, config) if share is None else (share.axes, share.of_device)
 
-    def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> Array:
+    def run(params: Any, x: Array, arrays: Arrays, positions: Array, cos: Array, sin: Array) -> Array:
         lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-        chunk = Chunk(places[0], lengths, *places[1:], layer=layer_shape(here, 0, dtype, axes))
+        chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(here, 0, dtype, axes))
         own = params if share is None else share.biases_once(params)
         out: Any = DecoderLayer(here, dtype).apply({"params": own}, x, chunk, arrays, Differentiable(sink), False)
         return out[0]  # type: ignore[no-any-return]
