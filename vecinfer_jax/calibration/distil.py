@@ -6,7 +6,7 @@ and values are moved as if they were read as they are.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerShape
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerShape, total
 from vecinfer_jax.calibration.fisher import gradient_by_rows
 from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
 from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
@@ -125,33 +125,28 @@ def _layer_output(
     cos: Array,
     sin: Array,
 ) -> Float[Array, "1 T hidden"]:
-    axes, here = (NO_AXES, config) if share is None else (share.axes, share.of_device)
-
-    def run(params: Any, x: Array, arrays: Arrays, positions: Array, cos: Array, sin: Array) -> Array:
-        lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-        chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(here, 0, dtype, axes))
-        own = params if share is None else share.biases_once(params)
-        out: Any = DecoderLayer(here, dtype).apply({"params": own}, x, chunk, arrays, Differentiable(sink), False)
-        return out[0]  # type: ignore[no-any-return]
-
-    if share is None:
-        return run(params, x, arrays, positions, cos, sin)
-    whole = PartitionSpec()
-    by_head = {
-        name: PartitionSpec(axes.model) if len(array) == config.num_kv_heads else whole
-        for name, array in arrays.items()
-    }
-    mapped = jax.shard_map(
-        run,
-        mesh=share.layout.mesh,
-        in_specs=(weight_specs(params, config, share.layout), whole, by_head, whole, whole, whole),
-        out_specs=whole,
-        check_vma=False,
-    )
-    return mapped(params, x, arrays, positions, cos, sin)
+    """On one device, or of a device's share."""
+    axes = NO_AXES if share is None else share.axes
+    if share is not None:
+        config, params = share.of_device, share.biases_once(params)
+    lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
+    chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype, axes))
+    out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, arrays, Differentiable(sink), False)
+    return out[0]  # type: ignore[no-any-return]
 
 
-_forward = jax.jit(_layer_output, static_argnums=(0, 1, 2, 3))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(
+    config: Any, dtype: Any, share: Share | None, sink: int, params: Any, x: Array, arrays: Arrays, *places: Array
+) -> Float[Array, "1 T hidden"]:
+    """A layer's output; `places`: positions, cos and sin."""
+
+    def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> Array:
+        return _layer_output(config, dtype, share, sink, params, x, arrays, *places)
+
+    if share is not None:
+        run = _mapped(run, share, params, arrays, len(places), PartitionSpec())
+    return run(params, x, arrays, *places)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -168,12 +163,45 @@ def _backward(
     sin: Array,
     gradient: Float[Array, "1 T hidden"],
 ) -> tuple[Float[Array, "1 T hidden"], Arrays]:
-    """Gradients with respect to a layer's input and its arrays, from that with respect to its output."""
+    """Gradients with respect to a layer's input and its arrays, from that with respect to its output.
 
-    def run(x: Array, arrays: Arrays) -> Array:
-        return _layer_output(config, dtype, share, sink, params, x, arrays, positions, cos, sin)
+    Over a mesh, inside the mapped function: XLA (of JAX 0.11) crashes where some of what a gradient keeps leaves it.
+    """
+    sizes = {name: len(array) for name, array in arrays.items()}
 
-    return jax.vjp(run, x, arrays)[1](gradient)
+    def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> tuple[Array, Arrays]:
+        def output(x: Array, arrays: Arrays) -> Array:
+            return _layer_output(config, dtype, share, sink, params, x, arrays, *places[:3])
+
+        _, back = jax.vjp(output, x, arrays)
+        if share is None:
+            return back(places[3])
+        # Every device has the output, and an input of its own: what it changes there is its part of the gradient.
+        of_input, of_arrays = back(places[3] / share.layout.size("model"))
+        axis, split = share.axes.model, _by_head(share, sizes)
+        return total(of_input, axis), {
+            name: array if split[name] != PartitionSpec() else total(array, axis) for name, array in of_arrays.items()
+        }
+
+    if share is not None:
+        run = _mapped(run, share, params, arrays, 4, (PartitionSpec(), _by_head(share, sizes)))
+    return run(params, x, arrays, positions, cos, sin, gradient)
+
+
+def _mapped(
+    run: Callable[..., Any], share: Share, params: Any, arrays: Arrays, others: int, out: Any
+) -> Callable[..., Any]:
+    """run(params, x, arrays, *others) on every device's share of weights and of what arrays have a part of a head."""
+    whole, sizes = PartitionSpec(), {name: len(array) for name, array in arrays.items()}
+    of_params = weight_specs(params, share.config, share.layout)
+    specs = (of_params, whole, _by_head(share, sizes), *[whole] * others)
+    return jax.shard_map(run, mesh=share.layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def _by_head(share: Share, sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
+    """Specs of a layer's arrays by their first axes: KV heads, or one for all of them."""
+    heads = share.config.num_kv_heads
+    return {name: PartitionSpec(share.axes.model) if size == heads else PartitionSpec() for name, size in sizes.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
