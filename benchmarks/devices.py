@@ -2,8 +2,8 @@
 
     python benchmarks/devices.py
 
-Reads results/<device>/step-<model>.json, and prints how far every measured step is from its prediction, those of models
-that are not fitted included.
+Reads results/<device>/step-<model>.json and, where there is one, parallel.json, and prints how far every measured step
+is from its prediction, those of models that are not fitted included.
 """
 
 import dataclasses
@@ -73,10 +73,22 @@ def fit(folder: str, memory: int) -> Device:
     return device
 
 
+def merge_us(folder: str) -> dict[int, float]:
+    """What the merge adds to a layer, by devices: the median over lengths, from `benchmarks/parallel.py attention`."""
+    path = ROOT / folder / "parallel.json"
+    rows = json.loads(path.read_text()).get("attention", []) if path.exists() else []
+    us = {(row["devices"], row["tokens"], row["merge"]): row["us"] for row in rows}
+    added: dict[int, list[float]] = {}
+    for (devices, tokens, merge), time in us.items():
+        if merge == "gather" and (devices, tokens, "alone") in us:
+            added.setdefault(devices, []).append(time - us[devices, tokens, "alone"])
+    return {devices: round(float(np.median(times)), 2) for devices, times in added.items()}
+
+
 def main() -> None:
     found = {}
     for short, (folder, memory) in DEVICES.items():
-        device = found[short] = fit(folder, memory)
+        device = found[short] = dataclasses.replace(fit(folder, memory), merge_us=merge_us(folder))
         for path in sorted((ROOT / folder).glob("step-*.json")):
             model = path.stem.removeprefix("step-")
             for row in rows_of(folder, model):

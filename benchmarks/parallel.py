@@ -13,7 +13,6 @@ not run now stay in it.
 
 import argparse
 import dataclasses
-import functools
 import json
 import statistics
 import time
@@ -23,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import results
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from vecinfer_jax import specs
 from vecinfer_jax.bench import SHAPES, StepBench, filled, random_calibration
@@ -34,8 +33,8 @@ from vecinfer_jax.errors import VecInferError
 from vecinfer_jax.models import ModelConfig
 from vecinfer_jax.models.decoder import layer_shape
 from vecinfer_jax.models.language_model import resolve_dtype
-from vecinfer_jax.parallel import Layout, make_mesh
-from vecinfer_jax.parallel.shardings import NonEmpty, cache_specs, device_share
+from vecinfer_jax.parallel import Layout, Share, make_mesh
+from vecinfer_jax.parallel.shardings import NonEmpty, device_share
 from vecinfer_jax.plan import plan
 
 LAYERS = 4  # of the attention part: more than a device's cache memory holds of the shortest cache
@@ -53,10 +52,10 @@ def attention_us(config: ModelConfig, method: Any, tokens: int, layout: Layout, 
         return tuple(method.init(layer, 1, tokens + 128, calibration) for _ in range(LAYERS))
 
     shapes = jax.eval_shape(init)
-    of_caches = cache_specs(shapes, lambda axis: getattr(layer.axes, axis) is not None)
+    share = Share(config, layout, layer.axes)
+    of_caches = share.cache_specs(shapes)
     everywhere, here = NonEmpty(shapes), NonEmpty(device_share(shapes, of_caches, layout.mesh.shape))
-    place = jax.tree.map(functools.partial(NamedSharding, layout.mesh), of_caches, is_leaf=_is_spec)
-    held = everywhere.held(filled(jax.jit(init, out_shardings=place)(), tokens))
+    held = everywhere.held(filled(jax.jit(init, out_shardings=share.cache_shardings(shapes))(), tokens))
 
     def loop(steps: jax.Array, q: jax.Array, k: jax.Array, v: jax.Array, held: Any) -> Any:
         at = jnp.full((1, 1), tokens, jnp.int32)
@@ -153,10 +152,6 @@ def _step(bench: StepBench, name: str, tokens: int, repeats: int) -> dict[str, A
         return row | dataclasses.asdict(bench.step(specs.parse(name, METHODS, "method"), 1, tokens, repeats=repeats))
     except VecInferError as error:
         return row | {"error": str(error)}
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
 
 
 PARTS = {"attention": attention, "step": step, "largest": largest}

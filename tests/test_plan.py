@@ -115,6 +115,28 @@ def test_over_two_gpus_each_holds_half_of_the_codes_and_all_of_the_rest():
         assert two.most_tokens == pytest.approx(2 * one.most_tokens, rel=1e-3)
 
 
+def test_a_step_over_gpus_reads_a_share_and_merges_and_is_not_guessed(monkeypatch, capsys):
+    monkeypatch.setattr(planning, "MEASURED_HEAD_DIMS", (CONFIG.head_dim,))
+    device = Device("x", 2**40, 1.0, 100.0, {"full": Reading(4.0, 0.0)}, {2: 7.0})
+    one, two, four = (milliseconds(CONFIG, vj.FullPrecision(), 1, 2**20, device, gpus) for gpus in (1, 2, 4))
+    read = [bytes_read(CONFIG, vj.FullPrecision(), 1, 2**20, gpus) for gpus in (1, 2)]
+    assert read[0] == 2 * read[1]
+    assert two == pytest.approx(one - (read[0] - read[1]) / 4e6 + CONFIG.num_layers * 7.0 / 1e3)
+    assert four is None
+    assert main(["plan", "full", "--gpu", "h100", "--gpus", "3"]) == 0
+    assert "a step over 3 GPUs was not measured" in capsys.readouterr().out
+
+
+def test_gpus_of_one_host_share_its_memory():
+    method = vj.TailorKV(roles=("sparse*2",), recent=8, sink=2)
+    one, two = (
+        plan(CONFIG, method, batch=1, tokens=2**16, memory=2**34, host_memory=2**30, gpus=gpus) for gpus in (1, 2)
+    )
+    assert two.cache_bytes["host"] == pytest.approx(one.cache_bytes["host"], rel=1e-2)
+    assert two.cache_bytes["state"] == one.cache_bytes["state"]
+    assert two.most_tokens == pytest.approx(one.most_tokens, rel=1e-2)
+
+
 def test_copies_of_folded_weights_are_counted():
     plain, folded = (
         of(vj.VecInfer(bits=2, rotate_values=r, transform="smooth-hadamard")).weights_bytes for r in (False, True)

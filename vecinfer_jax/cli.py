@@ -1,6 +1,7 @@
 """The `vecinfer` command. Errors are one line on stderr and exit status 1."""
 
 import dataclasses
+import itertools
 import json
 import os
 import sys
@@ -56,6 +57,15 @@ MeshOption = Annotated[
     str | None,
     typer.Option("--mesh", help="Devices along each axis, such as data=1,context=2,model=1; default: one device."),
 ]
+Coordinator = Annotated[
+    str | None,
+    typer.Option(
+        envvar="JAX_COORDINATOR_ADDRESS",
+        help="host:port of process 0, where several processes share a mesh; auto: as the cluster says.",
+    ),
+]
+Processes = Annotated[int | None, typer.Option(envvar="JAX_NUM_PROCESSES", help="How many share the mesh.")]
+Process = Annotated[int | None, typer.Option(envvar="JAX_PROCESS_ID", help="Which this one is, from 0.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress bars.")]
 
 
@@ -64,6 +74,20 @@ def make_layout(text: str | None) -> Any:
     from vecinfer_jax import parallel
 
     return None if text is None else parallel.Layout(parallel.parse_mesh(text))
+
+
+def _join(mesh: str | None, coordinator: str | None, processes: int | None, process: int | None) -> bool:
+    """Meets the other processes of a mesh; whether this is the one that prints and writes."""
+    from vecinfer_jax.parallel import processes as several
+
+    if coordinator is None:
+        if processes is not None or process is not None:
+            raise InputError("--processes and --process need --coordinator: give host:port of process 0, or auto")
+        return True
+    if mesh is None:
+        raise InputError("several processes run over a mesh: give --mesh")
+    several.join(coordinator, processes, process)
+    return several.leads()
 
 
 def make_method(text: str, **settings: Any) -> Any:
@@ -103,6 +127,9 @@ def generate(
     batch_size: Annotated[int, typer.Option(help="Of a batch job.")] = 8,
     logprobs: Annotated[bool, typer.Option("--logprobs", help="Log-probabilities in JSON output.")] = False,
     mesh: MeshOption = None,
+    coordinator: Coordinator = None,
+    processes: Processes = None,
+    process: Process = None,
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -124,8 +151,13 @@ def generate(
         ignored = {"--stream": stream, "--capacity": capacity is not None, "--json": json_out is not None}
         for option in (name for name, given in ignored.items() if given):
             raise InputError(f"a batch job has no {option}: leave it out")
+    if stream and (len(prompts or []) != 1 or json_out is not None):
+        raise InputError("--stream takes one prompt and no --json")
+    if not process:
         _check_output(output)
-    _check_output(json_out)
+        _check_output(json_out)
+    leads = _join(mesh, coordinator, processes, process)
+    quiet = quiet or not leads
     layout = make_layout(mesh)
     lm, fitted = _load(model, dtype, chosen, calibration, quiet, layout=layout)
     if input is not None and output is not None:
@@ -145,7 +177,8 @@ def generate(
             progress=not quiet,
             mesh=layout,
         )
-        print(f"{done} answers written to {output}", file=sys.stderr)
+        if leads:
+            print(f"{done} answers written to {output}", file=sys.stderr)
         return
     assert prompts is not None
     texts: list[Any] = [[{"role": "user", "content": p}] for p in prompts] if chat else list(prompts)
@@ -161,13 +194,13 @@ def generate(
         "mesh": layout,
     }
     if stream:
-        if len(texts) != 1 or json_out is not None:
-            raise InputError("--stream takes one prompt and no --json")
-        for piece in generation.stream(lm, texts[0], **options):
-            print(piece, end="", flush=True)
-        print()
+        for piece in itertools.chain(generation.stream(lm, texts[0], **options), ["\n"]):
+            if leads:
+                print(piece, end="", flush=True)
         return
     out = generation.generate(lm, texts, **options)
+    if not leads:
+        return
     if json_out is None or str(json_out) != "-":
         for text in out.texts:
             print(text)
@@ -298,9 +331,7 @@ def plan(
             print(
                 f"{text:24} {row.bits_per_element:6.2f} bits  weights {row.weights_bytes / 2**30:6.2f} GiB  "
                 f"cache {row.cache_bytes['total'] / 2**30:8.2f} GiB  {'fits' if row.fits else 'does NOT fit':12} "
-                f"at most {row.most_tokens:>12,} tokens a sequence"
-                + (f"  {row.ms_per_step:8.2f} ms a step" if row.ms_per_step is not None else "")
-                + _host_memory(row.cache_bytes)
+                f"at most {row.most_tokens:>12,} tokens a sequence" + _step_time(row) + _host_memory(row.cache_bytes)
             )
     if json_out is not None:
         name = None if device is None else device.name
@@ -327,7 +358,9 @@ def calibrate(
         int | None, typer.Option(help=f"Tokens a passage; default: {PASSAGE_LENGTH}, or as the method asks.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
+    batch_size: Annotated[int, typer.Option(help="Passages run at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same artefact.")] = 0,
+    mesh: MeshOption = None,
     quiet: Quiet = False,
 ) -> None:
     """Fit a method's codebooks, or find its layers' roles, and save them."""
@@ -339,7 +372,7 @@ def calibrate(
     if not chosen.needs_calibration:
         raise InputError(f"method {method!r} needs no calibration")
     check_destination(output)
-    lm = models.load(model, dtype, progress=not quiet)
+    lm = models.load(model, dtype, progress=not quiet, mesh=make_layout(mesh))
     made = collect.calibrate(
         lm,
         chosen,
@@ -347,6 +380,7 @@ def calibrate(
         passages=passages,
         passage_length=passage_length,
         samples=samples,
+        batch=batch_size,
         seed=seed,
         progress=not quiet,
     )
@@ -375,6 +409,7 @@ def evaluate_perplexity(
     windows: Annotated[int | None, typer.Option(help="Windows from the start; default: all.")] = None,
     prefill: Prefill = "coded",
     seed: Seed = None,
+    mesh: MeshOption = None,
     json_out: Json = None,
     quiet: Quiet = False,
 ) -> None:
@@ -386,7 +421,7 @@ def evaluate_perplexity(
     )
     content = _read_text(text)
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed)
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed, make_layout(mesh))
     result = evaluation.perplexity(
         lm,
         chosen,
@@ -424,6 +459,7 @@ def evaluate_needle(
     samples: Annotated[int, typer.Option(help="Cases at each length and depth.")] = 3,
     prefill: Prefill = "coded",
     seed: Seed = None,
+    mesh: MeshOption = None,
     batch_size: Batch = 8,
     json_out: Json = None,
     quiet: Quiet = False,
@@ -435,7 +471,7 @@ def evaluate_needle(
         method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
     )
     task = Needle(lengths=tuple(length) if length else (2048,), samples=samples)
-    _run_task(task, model, dtype, chosen, calibration, prefill, seed, batch_size, json_out, quiet)
+    _run_task(task, model, dtype, chosen, calibration, prefill, seed, batch_size, mesh, json_out, quiet)
 
 
 @evaluate_app.command("ruler")
@@ -456,6 +492,7 @@ def evaluate_ruler(
     samples: Annotated[int, typer.Option(help="Cases a task.")] = 8,
     prefill: Prefill = "coded",
     seed: Seed = None,
+    mesh: MeshOption = None,
     batch_size: Batch = 8,
     json_out: Json = None,
     quiet: Quiet = False,
@@ -468,7 +505,7 @@ def evaluate_ruler(
     )
     named: dict[str, Any] = {"tasks": tuple(task)} if task else {}
     ruler = Ruler(length=length, samples=samples, **named)
-    _run_task(ruler, model, dtype, chosen, calibration, prefill, seed, batch_size, json_out, quiet)
+    _run_task(ruler, model, dtype, chosen, calibration, prefill, seed, batch_size, mesh, json_out, quiet)
 
 
 @evaluate_app.command("gsm8k")
@@ -489,6 +526,7 @@ def evaluate_gsm8k(
     generated: Annotated[int, typer.Option(help="The first so many are answered, too.")] = 24,
     prefill: Prefill = "coded",
     seed: Seed = None,
+    mesh: MeshOption = None,
     batch_size: Batch = 8,
     json_out: Json = None,
     quiet: Quiet = False,
@@ -500,7 +538,7 @@ def evaluate_gsm8k(
         method, bits=bits, key=key, value=value, residual=residual, sink=sink, transform=transform, scope=scope
     )
     task = GSM8K(path=path, problems=problems, generated=generated)
-    _run_task(task, model, dtype, chosen, calibration, prefill, seed, batch_size, json_out, quiet)
+    _run_task(task, model, dtype, chosen, calibration, prefill, seed, batch_size, mesh, json_out, quiet)
 
 
 @evaluate_app.command("table")
@@ -524,6 +562,7 @@ def evaluate_table(
     ] = None,
     dtype: Dtype = None,
     batch_size: Batch = 8,
+    mesh: MeshOption = None,
     plots: Annotated[bool, typer.Option("--plots/--no-plots", help="Draw plots (needs matplotlib).")] = True,
     quiet: Quiet = False,
 ) -> None:
@@ -540,7 +579,7 @@ def evaluate_table(
     if bool(methods) != bool(tasks):
         raise InputError("give --method and --task, or neither to report on the rows that are there")
     if methods:
-        lm = models.load(model, dtype, progress=not quiet)
+        lm = models.load(model, dtype, progress=not quiet, mesh=make_layout(mesh))
         for each in tasks:
             check_task(each, lm)
         table = Table(
@@ -672,6 +711,7 @@ def _run_task(
     prefill: str,
     seed: int | None,
     batch: int,
+    mesh: str | None,
     json_out: Path | None,
     quiet: bool,
 ) -> None:
@@ -679,7 +719,7 @@ def _run_task(
     from vecinfer_jax import evaluation
 
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, method, directory, quiet, seed)
+    lm, fitted = _load(model, dtype, method, directory, quiet, seed, make_layout(mesh))
     result = evaluation.answer(lm, task, method, fitted, prefill=prefill, batch=batch, progress=not quiet)
     if json_out is None or str(json_out) != "-":
         if result.answered:
@@ -688,6 +728,13 @@ def _run_task(
         print(f"bits per element  {result.bits_per_element:g}")
     if json_out is not None:
         _write_json(json_out, {"model": lm.name, "method": repr(method), **dataclasses.asdict(result)})
+
+
+def _step_time(row: Any) -> str:
+    """A predicted step; of several GPUs also that there is no prediction."""
+    if row.ms_per_step is not None:
+        return f"  {row.ms_per_step:8.2f} ms a step"
+    return f"  a step over {row.gpus} GPUs was not measured" if row.gpus > 1 and row.fits else ""
 
 
 def _host_memory(cache_bytes: dict[str, int]) -> str:
@@ -731,4 +778,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 def entry() -> None:
     """For `[project.scripts]`."""
-    sys.exit(main())
+    from vecinfer_jax.parallel import processes
+
+    sys.exit(processes.leave(main()))

@@ -36,8 +36,8 @@ class Plan:
     memory:      of the device; fits: whether weights, caches and `RESERVE` do, and the host's part where that is given.
     most_tokens: a sequence, at this batch, that would fit; 0 where the weights alone do not, the model's longest
                  where the caches do not grow in the memory that is limited.
-    ms_per_step: predicted milliseconds of a decoding step; None without a device, for caches and dtypes that were not
-                 measured on it, for several GPUs, and where it does not fit.
+    ms_per_step: predicted milliseconds of a decoding step; None without a device, for caches, dtypes and numbers of
+                 GPUs that were not measured, and where it does not fit.
     """
 
     method: str
@@ -79,8 +79,6 @@ def plan(
     copied = sum(_folded(config) for i in range(n) if method.for_layer(i, n).folds_values)
     weights = (_parameters(config) + copied) * jnp.dtype(dtype).itemsize
     held = cache_bytes(config, method, batch, tokens, dtype, gpus)
-    if gpus > 1 and held["host"]:
-        raise InputError("caches in the host's memory cannot lie on a mesh: leave out gpus, or choose another method")
     free = memory - weights - RESERVE
     limits = {"total": free} | ({} if host_memory is None else {"host": host_memory})
     # Allocated bytes grow linearly beyond the window.
@@ -95,7 +93,7 @@ def plan(
         most_tokens = most if most >= base else _search(config, method, batch, dtype, limits, base, gpus)
     layers = range(config.num_layers)
     fits = _within(held, limits)
-    measured = device is not None and gpus == 1 and jnp.dtype(dtype).itemsize == 2
+    measured = device is not None and jnp.dtype(dtype).itemsize == 2
     bits = [method.for_layer(i, len(layers)).bits_per_element(layer_shape(config, i, dtype)) for i in layers]
     return Plan(
         method=repr(method),
@@ -107,15 +105,18 @@ def plan(
         memory=memory,
         fits=fits,
         most_tokens=most_tokens,
-        ms_per_step=milliseconds(config, method, batch, tokens, device) if measured and device and fits else None,
+        ms_per_step=milliseconds(config, method, batch, tokens, device, gpus) if measured and device and fits else None,
         gpus=gpus,
     )
 
 
-def milliseconds(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, device: Device) -> float | None:
+def milliseconds(
+    config: ModelConfig, method: CacheMethod, batch: int, tokens: int, device: Device, gpus: int = 1
+) -> float | None:
     """A decoding step in 16 bits as `vecinfer_jax.devices` models it; None for what was not measured."""
     n = config.num_layers
-    if config.head_dim not in MEASURED_HEAD_DIMS:
+    merge_us = 0.0 if gpus == 1 else device.merge_us.get(gpus)
+    if config.head_dim not in MEASURED_HEAD_DIMS or merge_us is None:
         return None
     alike = Counter(method.for_layer(i, n) for i in range(n))
     total = weights_read(config) / device.weights_gb_per_s / 1e6
@@ -123,14 +124,14 @@ def milliseconds(config: ModelConfig, method: CacheMethod, batch: int, tokens: i
         reading = device.caches.get(of_layer.reading())
         if reading is None:
             return None
-        read = bytes_read(dataclasses.replace(config, num_layers=1), of_layer, batch, tokens)
-        total += layers * ((device.layer_us + reading.layer_us) / 1e3 + read / reading.gb_per_s / 1e6)
+        read = bytes_read(dataclasses.replace(config, num_layers=1), of_layer, batch, tokens, gpus)
+        total += layers * ((device.layer_us + reading.layer_us + merge_us) / 1e3 + read / reading.gb_per_s / 1e6)
     return total
 
 
-def bytes_read(config: ModelConfig, method: CacheMethod, batch: int, tokens: int) -> int:
-    """Bytes of codes and windows that a step in 16 bits reads."""
-    held = cache_bytes(config, method, batch, tokens, jnp.bfloat16)
+def bytes_read(config: ModelConfig, method: CacheMethod, batch: int, tokens: int, gpus: int = 1) -> int:
+    """Bytes of codes and windows that a step in 16 bits reads; on each of `gpus` over which the tokens are split."""
+    held = cache_bytes(config, method, batch, tokens, jnp.bfloat16, gpus)
     return held["codes"] + held["window"]
 
 
@@ -154,7 +155,8 @@ def _parameters(config: ModelConfig) -> int:
 def cache_bytes(
     config: ModelConfig, method: CacheMethod, batch: int, tokens: int, dtype: Any, gpus: int = 1
 ) -> dict[str, int]:
-    """What the caches of all layers would allocate, by kind; on each of `gpus` over which the tokens are split."""
+    """What the caches of all layers would allocate, by kind; on each of `gpus` over which the tokens are split, and on
+    the one host that they share."""
     n = config.num_layers
     calibration = [random_calibration(config, method, i, dtype) or None for i in range(n)]
     axes = MeshAxes(context="context", shards=gpus) if gpus > 1 else NO_AXES
@@ -172,7 +174,8 @@ def cache_bytes(
 
     shapes = jax.eval_shape(init)
     specs = cache_specs(shapes, lambda axis: gpus > 1 and axis == "context")
-    return allocated_bytes(device_share(shapes, specs, {"context": gpus}))
+    host = allocated_bytes(shapes)["host"]
+    return allocated_bytes(device_share(shapes, specs, {"context": gpus})) | {"host": host}
 
 
 def _within(held: Mapping[str, int], limits: Mapping[str, int]) -> bool:

@@ -4,27 +4,35 @@ own, whose CPU has eight devices (`tests.parallel.test_mesh`)."""
 import collections
 import dataclasses
 import functools
+import json
 import re
 import sys
+import tempfile
+import types
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 import vecinfer_jax as vj
 from tests import small
-from vecinfer_jax import specs
+from tests.evaluation.stand_in import StandIn
+from vecinfer_jax import cli, specs
 from vecinfer_jax.caches import METHODS
 from vecinfer_jax.caches.base import NO_AXES, Chunk
 from vecinfer_jax.caches.stripes import MERGES, prompt_pieces, prompt_share, stripes, whole_prompt
-from vecinfer_jax.calibration.collect import calibrate
+from vecinfer_jax.calibration.collect import calibrate, collect
+from vecinfer_jax.calibration.distil import refine_model
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.models import random_model
 from vecinfer_jax.models.decoder import Decoder, layer_shape
+from vecinfer_jax.models.folding import fold_values
+from vecinfer_jax.models.layerwise import Layerwise
 from vecinfer_jax.models.network import Network
-from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_params
-from vecinfer_jax.parallel.shardings import NonEmpty, cache_specs, device_share
+from vecinfer_jax.parallel import Layout, SplitNetwork, make_mesh, parse_mesh, place_model, place_params
+from vecinfer_jax.parallel.shardings import NonEmpty, cache_shardings, cache_specs, device_share
 
 CONFIG = dataclasses.replace(small.CONFIG, num_query_heads=16, num_kv_heads=8, num_layers=2)
 # No length is a multiple of what an axis or a stripe wants; one prompt fits into the window.
@@ -96,6 +104,7 @@ def forced_logprobs(network, params, calibration, read, steps=6):
 def the_codes_of_one_device(text, *shapes):
     """From identical queries, keys and values: a prompt in two chunks, and decoded tokens."""
     method, calibration = method_and_calibration(text)
+    method = method.for_layer(1, CONFIG.num_layers)
     batch, width, first, steps = 8, 232, 200, 70
     lengths = np.asarray([232, 64, 131, 5, 200, 1, 199, 33])
     rng = np.random.default_rng(0)
@@ -134,7 +143,7 @@ def the_codes_of_one_device(text, *shapes):
             out_specs=(heads, everywhere.held(spec)),
             check_vma=False,
         )
-        place = jax.tree.map(lambda s, layout=layout: NamedSharding(layout.mesh, s), spec)
+        place = cache_shardings(shapes_of_cache, spec, layout.mesh)
         cache = jax.jit(lambda split=split: start(split), out_shardings=place)()
         outs, held = jax.jit(program)(q, k, v, lengths, everywhere.held(cache))
         cache = everywhere.whole(held)
@@ -142,15 +151,20 @@ def the_codes_of_one_device(text, *shapes):
         valid = np.concatenate([valid, np.ones((batch, steps), bool)], 1)
         np.testing.assert_allclose(np.asarray(outs)[valid], np.asarray(want_outs)[valid], atol=2e-5)
         dealt = stripes(split.axes, getattr(method, "token_group", 1))
-        for s, got, want in zip(*map(jax.tree.leaves, (spec, cache, want_cache)), strict=True):
+        for s, p, got, want in zip(*map(jax.tree.leaves, (spec, place, cache, want_cache)), strict=True):
+            assert got.sharding.memory_kind == want.sharding.memory_kind == p.memory_kind
             got, want = np.asarray(got), np.asarray(want)
             if got.ndim == 3 and got.shape[:2] == (batch, 8):  # outliers without a slot, counted on every device
                 got, want = got.sum(2), want.sum(2)
             elif "context" in s:
                 axis = s.index("context")
                 got = in_order(got, axis, dealt, 400 if method.name == "full" else shapes_of_cache.slots)
+                if p.memory_kind == "pinned_host":
+                    got = held_slots(got, axis, method, want_cache)
                 assert not np.any(np.take(got, range(want.shape[axis], got.shape[axis]), axis)), "written past the end"
                 got = np.take(got, range(want.shape[axis]), axis)
+            if p.memory_kind == "pinned_host":
+                got, want = (held_slots(x, x.shape.index(want_cache.slots), method, want_cache) for x in (got, want))
             np.testing.assert_array_equal(got, want, err_msg=f"{text} {shape} {s}")
 
 
@@ -198,6 +212,146 @@ def in_order(x, axis, dealt, slots):
     blocks = slots // dealt.shards // dealt.block
     shape = [*x.shape[:axis], dealt.shards, blocks, -1, *x.shape[axis + 1 :]]
     return np.swapaxes(x.reshape(shape), axis, axis + 1).reshape(x.shape)
+
+
+def held_slots(x, axis, method, cache):
+    """An array of the host with zeros beyond the slots that each row holds: they are written before they count."""
+    there = np.arange(x.shape[axis]) < np.asarray(method.coded_count(cache.lengths))[:, None]
+    return np.where(there.reshape(len(x), *(-1 if i == axis else 1 for i in range(1, x.ndim))), x, 0)
+
+
+def lm_on(shape):
+    return place_model(model(), layout_of(shape))
+
+
+def activations_are_those_of_one_device(*shapes):
+    """All that methods are calibrated with, of a last batch that is not full."""
+    how = {"passages": 5, "passage_length": 61, "batch": 4, "samples": 100, "progress": False}
+    wanted = frozenset({"weights", "windows", "gradients", "shares"})
+    alone = collect(model(), small.texts(), wanted=wanted, **how)
+    for shape in shapes:
+        found = collect(lm_on(shape), small.texts(), wanted=wanted, **how)
+        assert found.metadata == alone.metadata and found.passages == alone.passages
+        for index, layers in enumerate(zip(found.statistics, alone.statistics, strict=True)):
+            for (name, got), (_, want) in zip(*map(jax.tree_util.tree_leaves_with_path, layers), strict=True):
+                exact = want.dtype == np.int32 or "priority" in str(name)
+                close = 2**-6 if "gradients" in str(name) else 1e-4  # gradients are bfloat16
+                far = {} if exact else {"rtol": close, "atol": 1e-5 * np.abs(want.astype(np.float32)).max()}
+                compare = np.testing.assert_array_equal if exact else np.testing.assert_allclose
+                got, want = (x if exact else x.astype(np.float32) for x in (got, want))
+                compare(got, want, err_msg=f"{shape} layer {index} {name}", **far)
+
+
+def evaluation_is_that_of_one_device(text, *shapes):
+    """Perplexity of windows that no axis divides, errors of codes, and what a task's cases are answered."""
+    method, calibration = method_and_calibration(text)
+    document, windows = "".join(small.texts()), np.asarray(small.prompts((101, 101)))
+    how = {"length": 101, "windows": 3, "batch": 2, "progress": False}
+
+    def measured(lm):
+        return (
+            [vj.evaluate.perplexity(lm, method, calibration, document, prefill=p, **how) for p in ("coded", "exact")],
+            vj.evaluate.code_error(lm, method, calibration, windows, progress=False),
+            vj.evaluate.answer(lm, StandIn(), method, calibration, batch=2, progress=False),
+        )
+
+    alone = measured(model())
+    for shape in shapes:
+        same_results(measured(lm_on(shape)), alone, f"{text} {shape}")
+
+
+def perplexity_is_that_of_one_device(text, *shapes):
+    method, document = specs.parse(text, METHODS, "method"), "".join(small.texts())
+    how = {"text": document, "length": 64, "windows": 2, "progress": False}
+    alone = vj.evaluate.perplexity(model(), method, batch=2, **how)
+    for shape in shapes:
+        same_results(vj.evaluate.perplexity(lm_on(shape), method, **how), alone, f"{text} {shape}")
+
+
+def same_results(got, want, said):
+    """Results of evaluations, but for rounding."""
+    found = fields(want), fields(got)
+    for (name, one), (_, other) in zip(*map(jax.tree_util.tree_leaves_with_path, found), strict=True):
+        if isinstance(one, str):
+            assert one == other, (said, name)
+        else:  # one prediction of 300 may tip
+            least = 1 / 300 if "top1_agreement" in str(name) else 0
+            np.testing.assert_allclose(other, one, rtol=1e-3, atol=1e-5 + least, err_msg=f"{said} {name}")
+
+
+def selection_is_that_of_one_device(text, *shapes):
+    """What layers in the host's memory would read."""
+    method, calibration = method_and_calibration(text)
+    windows = np.asarray(small.prompts((101,)))
+    alone = vj.evaluate.selection_recall(model(), method, calibration, windows, progress=False)
+    for shape in shapes:
+        found = vj.evaluate.selection_recall(lm_on(shape), method, calibration, windows, progress=False)
+        same_results(found, alone, f"{text} {shape}")
+
+
+def calibrations_of_a_mesh_serve_as_well(text, *shapes):
+    """What rounding tips in k-means leaves other codebooks, and no worse ones."""
+    method, calibration = method_and_calibration(text)
+    how = {"text": "".join(small.texts()), "length": 64, "windows": 2, "progress": False}
+    alone = vj.evaluate.perplexity(model(), method, calibration, **how).kl
+    for shape in shapes:
+        made = calibrate(lm_on(shape), method, small.texts(), passages=6, passage_length=64, batch=2, progress=False)
+        assert vj.evaluate.perplexity(model(), method, made, **how).kl < 1.2 * alone
+
+
+def descent_is_that_of_one_device(text, *shapes):
+    """Two steps through the whole model, from the same codebooks."""
+    method, calibration = method_and_calibration(text)
+    passages = small.prompts((40, 40))
+    found = []
+    for lm in (model(), *map(lm_on, shapes)):
+        params = fold_values(lm, method, calibration)
+        layers = calibration.layers
+        found.append(refine_model(lm, params, layers, [0] * len(layers), passages, seed=0, steps=2))
+    for got, shape in zip(found[1:], shapes, strict=True):
+        for index, want in enumerate(found[0]):
+            for name, array in want.items():
+                far = {"rtol": 1e-3, "atol": 1e-4 * np.abs(array).max()}
+                np.testing.assert_allclose(got[index][name], array, err_msg=f"{shape} {index} {name}", **far)
+            assert any(np.abs(array - calibration.layers[index][name]).max() > 1e-3 for name, array in want.items())
+
+
+def the_command_takes_a_mesh():
+    with tempfile.TemporaryDirectory() as directory:
+        there = Path(directory)
+        (there / "text.txt").write_text("\n\n".join(small.texts()))
+        model().save(there / "model")
+        common = ["--model", there / "model", "--bits", 2, "--text", there / "text.txt", "--quiet"]
+        made = ["--passages", 4, "--passage-length", 64, "--output", there / "artefact", "--mesh", "data=2,model=2"]
+        scored = [
+            "--residual",
+            0,
+            "--calibration",
+            there / "artefact",
+            "--length",
+            64,
+            "--windows",
+            2,
+            "--json",
+            there / "scores.json",
+        ]
+        for command in (
+            ["calibrate", *common, *made],
+            ["evaluate", "perplexity", *common, *scored, "--mesh", "context=2,model=4"],
+        ):
+            assert cli.main([str(word) for word in command]) == 0
+        found = json.loads((there / "scores.json").read_text())["perplexity"]
+        calibration = vj.load_calibration(there / "artefact", model())
+        text = "\n\n".join(small.texts())
+        alone = vj.evaluate.perplexity(
+            model(), vj.VecInfer(bits=2, residual=0), calibration, text, length=64, windows=2, progress=False
+        )
+        assert abs(found / alone.perplexity - 1) < 1e-3
+
+
+def fields(results):
+    """What results hold, as a tree."""
+    return jax.tree.map(dataclasses.asdict, results, is_leaf=lambda x: dataclasses.is_dataclass(x))
 
 
 def every_merge_is_one_softmax():
@@ -299,8 +453,9 @@ def short_caches_are_not_split():
 
 
 def what_does_not_fit_is_said_in_one_line():
-    lm, on_host = model(), vj.TailorKV(roles=("sparse*2",))
+    lm, several = model(), types.SimpleNamespace(mesh=types.SimpleNamespace(is_multi_process=True))
     for action, words in (
+        (lambda: Layerwise(dataclasses.replace(lm, layout=several)), "in one process"),
         (lambda: make_mesh(context=9), "9 devices, there are 8"),
         (lambda: parse_mesh("contexts=2"), "no axis 'contexts'"),
         (lambda: parse_mesh("context=two"), "context=2"),
@@ -308,7 +463,6 @@ def what_does_not_fit_is_said_in_one_line():
         (lambda: Layout(make_mesh(), merge="shout"), "choose from gather"),
         (lambda: vj.generate(lm, ["a"], mesh=make_mesh(model=3)), "8 KV heads"),
         (lambda: vj.generate(lm, ["a"], mesh="context=2"), "is no mesh"),
-        (lambda: vj.generate(lm, ["a"], method=on_host, mesh=make_mesh()), "in the host's memory"),
     ):
         try:
             action()

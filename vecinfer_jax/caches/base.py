@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from vecinfer_jax.rope import Rope
 
@@ -43,6 +43,17 @@ class MeshAxes:
 
 
 NO_AXES = MeshAxes()
+
+
+def every_row(x: Shaped[Array, "b ..."], axes: MeshAxes) -> Shaped[Array, "B ..."]:
+    """Of an array whose rows the data axis splits, those of all devices."""
+    return x if axes.data is None else jax.lax.all_gather(x, axes.data, tiled=True)
+
+
+def total(x: Shaped[Array, "..."], *axes: str | None) -> Shaped[Array, "..."]:
+    """The sum over the devices of those axes that split anything."""
+    split = tuple(axis for axis in axes if axis is not None)
+    return jax.lax.psum(x, split) if split else x
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +116,8 @@ class CacheMethod(abc.ABC):
 
     name: ClassVar[str]
     needs_calibration: ClassVar[bool] = False
+    # Whether a prompt's tokens and the cached ones may be split over the devices of a context axis.
+    splits_tokens: ClassVar[bool] = True
 
     @abc.abstractmethod
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> LayerCache:

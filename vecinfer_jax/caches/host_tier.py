@@ -26,8 +26,8 @@ from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from pallas_kernels import attend_rows, dispatch, fetch_channels, select_tokens
-from pallas_kernels.exact import rounded
-from pallas_kernels.host_tier.reference import best_rows
+from pallas_kernels.exact import product, rounded
+from pallas_kernels.host_tier.reference import attend_fetched, best_rows
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.attention import (
     MASKED,
@@ -41,6 +41,7 @@ from vecinfer_jax.caches.attention import (
 )
 from vecinfer_jax.caches.base import Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_slots
+from vecinfer_jax.caches.stripes import whole_prompt
 from vecinfer_jax.caches.vecinfer import VecInfer
 from vecinfer_jax.caches.windowed import WindowedCache, WindowedMethod
 from vecinfer_jax.errors import InputError
@@ -153,7 +154,7 @@ class SparseLayer(WindowedMethod):
     def index_keys(
         self, store: HostStore, keys: Float[Array, "B Hkv S D"], layer: LayerShape
     ) -> Float[Array, "B Hkv S D"]:
-        """All keys of the host in that space, `keys` being what `read` gives."""
+        """All keys of a store on the device in that space, `keys` being what `read` gives."""
         del store, layer
         return keys
 
@@ -165,7 +166,10 @@ class SparseLayer(WindowedMethod):
         slots: Int[Array, "B T"],
         layer: LayerShape,
     ) -> HostStore:
-        """Moves tokens to the host; those of a row that are moved come first and their slots are consecutive."""
+        """Moves tokens to the host; those of a row that are moved come first and their slots are consecutive.
+
+        Whatever calls this on some devices of a context axis does so on all of them.
+        """
         moved = slots >= 0
         start, count = jnp.maximum(slots[:, 0], 0), jnp.sum(moved, axis=1)
 
@@ -180,7 +184,8 @@ class SparseLayer(WindowedMethod):
                 key_abs_max=jnp.maximum(store.key_abs_max, peak),
             )
 
-        return jax.lax.cond(jnp.any(moved), move, lambda store: store, store)
+        store = jax.lax.cond(jnp.any(moved), move, lambda store: store, store)
+        return dataclasses.replace(store, key_abs_max=self.stripes(layer).largest(store.key_abs_max))
 
     def read(
         self, store: HostStore, start: Int[Array, ""], size: int, layer: LayerShape
@@ -271,12 +276,14 @@ class SparseLayer(WindowedMethod):
     def attend_cache(
         self, q: Float[Array, "B Hq D"], cache: WindowedCache, layer: LayerShape, dtype: Any
     ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
-        store = cache.store
+        store, dealt = cache.store, self.stripes(layer)
         channels, fetched = store.ahead or self.fetched(store, q, layer)
+        mine = self.index_query(q, store)
         rows = select_tokens(
-            self.index_query(q, store), fetched, channels, self.held(cache, layer), tokens=self.tokens,
-            **self._how("select_tokens"),
-        )  # fmt: skip
+            mine, fetched, channels, self.held(cache, layer), tokens=self.tokens, **self._how("select_tokens")
+        )
+        if dealt.axis is not None:
+            rows = dealt.best(rows, _scores_of(mine, fetched, channels, rows, layer), self.tokens)
         return rounded(*self.attend_chosen(q, rows, cache, layer), dtype)
 
     def fetched(
@@ -325,25 +332,29 @@ class SparseLayer(WindowedMethod):
         """
         predicted, cache = cache.store.predicted, _predicting(cache, None)
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
-        updated, layer = self._append_chunk(k, v, chunk, cache), chunk.layer
+        layer, dealt = chunk.layer, self.stripes(chunk.layer)
+        k, v, positions = (whole_prompt(x, layer.axes) for x in (k, v, chunk.positions))
+        updated = self._append_chunk(k, v, chunk, cache)
         t = jnp.arange(k.shape[1])[None, :]
-        exact = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], chunk.positions, -1))
+        exact = Tokens(k.swapaxes(1, 2), v.swapaxes(1, 2), jnp.where(t < chunk.lengths[:, None], positions, -1))
         if not chunk.first:
             exact = join_tokens(self._joined_exact_tokens(cache), exact)
         slots = updated.slots
-        keys, values = self.read(updated.store, jnp.int32(0), slots, layer)
+        held_keys, held_values = (dealt.in_order(on_device(x), 2) for x in (updated.store.keys, updated.store.values))
+        store = dataclasses.replace(updated.store, keys=held_keys, values=held_values)
+        keys, values = self.read(store, jnp.int32(0), slots, layer)
         b, heads, _, dim = keys.shape
         host = Tokens(keys, values, jnp.broadcast_to(self.sink + jnp.arange(slots), (b, slots)))
         tokens = join_tokens(host, exact)
         is_host = jnp.arange(tokens.positions.shape[1]) < slots
-        index = self.index_keys(updated.store, keys, layer)
+        index = self.index_keys(store, keys, layer)
         # Largest |k_i| of the first 0, 1, 2, ... blocks.
         peaks = jnp.abs(index.astype(jnp.float32)).reshape(b, heads, -1, self.block, dim).max(axis=3)
         peaks = jnp.pad(jax.lax.cummax(peaks, axis=2), ((0, 0), (0, 0), (1, 0), (0, 0)))
 
         def block(q: jax.Array, predicted: jax.Array, t: jax.Array) -> jax.Array:
             held = self.coded_count(t + 1)
-            mine, guess = (self.index_query(x, updated.store) for x in (q, predicted))
+            mine, guess = (self.index_query(x, store) for x in (q, predicted))
             chosen = self._choose(mine, guess, held, index, peaks, layer)
             chosen = jnp.pad(chosen, ((0, 0), (0, 0), (0, 0), (0, exact.positions.shape[1])))
             s, boundary = tokens.positions[:, None], (self.sink + held)[:, :, None]
@@ -433,7 +444,7 @@ class CodedSparseLayer(SparseLayer):
     def index_keys(
         self, store: HostStore, keys: Float[Array, "B Hkv S D"], layer: LayerShape
     ) -> Float[Array, "B Hkv S D"]:
-        return dequantise(on_device(store.keys), store.codebooks.key_codebook, layer.head_dim, layer.dtype)
+        return dequantise(store.keys, store.codebooks.key_codebook, layer.head_dim, layer.dtype)
 
     def critical_channels(
         self, mean: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
@@ -451,11 +462,14 @@ class CodedSparseLayer(SparseLayer):
         self, q: Float[Array, "B Hq D"], rows: Int[Array, "B Hkv k"], cache: WindowedCache, layer: LayerShape
     ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         """The codes come to the device, and VecInfer's attention reads them there."""
-        store, how = cache.store, self._how("fetch_channels")
+        store, how, exact = cache.store, self._how("fetch_channels"), self.exact_tokens(cache, layer)
         key_codes, value_codes = (fetch_channels(x, jnp.maximum(rows, 0), **how) for x in (store.keys, store.values))
-        there = jnp.sum(rows[:, 0] >= 0, axis=-1)  # as many in every head, and they come first
         codes = dataclasses.replace(store.codebooks, key_codes=key_codes, value_codes=value_codes)
-        return self.codes.attend_codes(q, codes, there, self.exact_tokens(cache, layer), layer, layer.dtype)
+        if layer.axes.context is not None:  # heads have different numbers of rows here
+            keys, values = self.codes.read(codes, jnp.int32(0), rows.shape[2], layer)
+            return attend_fetched(q, keys, values, rows, exact, layer.scale)
+        there = jnp.sum(rows[:, 0] >= 0, axis=-1)  # as many in every head, and they come first
+        return self.codes.attend_codes(q, codes, there, exact, layer, layer.dtype)
 
     def read(
         self, store: HostStore, start: Int[Array, ""], size: int, layer: LayerShape
@@ -532,6 +546,19 @@ def _predicting(cache: WindowedCache, predicted: jax.Array | None) -> WindowedCa
 def _group_mean(q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:
     """Mean over the query heads of each KV head."""
     return jnp.mean(q.astype(jnp.float32).reshape(*q.shape[:-2], layer.num_kv_heads, -1, q.shape[-1]), axis=-2)
+
+
+def _scores_of(
+    q: Float[Array, "B Hq D"],
+    fetched: Float[Array, "B Hkv c S"],
+    channels: Int[Array, "B Hkv c"],
+    rows: Int[Array, "B Hkv k"],
+    layer: LayerShape,
+) -> Float32[Array, "B Hkv k"]:
+    """Those by which `select_tokens` chose these rows."""
+    critical = jnp.take_along_axis(_group_mean(q, layer), channels, axis=-1)
+    found = jnp.take_along_axis(fetched, jnp.maximum(rows, 0)[:, :, None], axis=3)
+    return product("bhc,bhck->bhk", critical, found.astype(jnp.float32))
 
 
 def _marked(index: Int[Array, "*rows n"], size: int) -> Bool[Array, "*rows size"]:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Float32, Int, Shaped
 
 from pallas_kernels import nuq, split_k
 from vecinfer_jax.caches.base import MeshAxes
@@ -88,6 +88,37 @@ class Stripes:
     def gathered(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
         """What all devices hold, side by side along `axis`."""
         return x if self.axis is None else lax.all_gather(x, self.axis, axis=axis, tiled=True)
+
+    def in_order(self, x: Shaped[Array, "..."], axis: int) -> Shaped[Array, "..."]:
+        """What all devices hold along `axis` at all places, in the order of slots."""
+        if self.axis is None:
+            return x
+        shape = [*x.shape[:axis], self.shards, -1, self.block, *x.shape[axis + 1 :]]
+        dealt = jnp.swapaxes(self.gathered(x, axis).reshape(shape), axis, axis + 1)
+        return dealt.reshape(*x.shape[:axis], -1, *x.shape[axis + 1 :])
+
+    def largest(self, x: Shaped[Array, "..."]) -> Shaped[Array, "..."]:
+        """Of each element, the largest that any device has."""
+        return x if self.axis is None else lax.pmax(x, self.axis)
+
+    def best(
+        self, places: Int[Array, "*rows k"], scores: Float32[Array, "*rows k"], wanted: int
+    ) -> Int[Array, "*rows k"]:
+        """Those of this device's places that have one of the `wanted` largest scores of all devices; -1 for the others.
+
+        Places of -1 are none. Of equal scores the lower slot's is larger, and one that is no number is the smallest.
+        """
+        if self.axis is None:
+            return places
+        there = places >= 0
+        costs = jnp.where(there & ~jnp.isnan(scores), -scores, jnp.inf)
+        slots = jnp.where(there, self.slot(places), jnp.iinfo(jnp.int32).max)
+        mine = jnp.stack([lax.bitcast_convert_type(costs, jnp.int32), slots], axis=-2)
+        words, all_slots = jnp.moveaxis(self.gathered(mine, mine.ndim - 1), -2, 0)
+        sorted_costs, sorted_slots = lax.sort((lax.bitcast_convert_type(words, jnp.float32), all_slots), num_keys=2)
+        last = min(wanted, sorted_costs.shape[-1]) - 1
+        cost, slot = sorted_costs[..., last, None], sorted_slots[..., last, None]
+        return jnp.where(there & ((costs < cost) | (costs == cost) & (slots <= slot)), places, -1)
 
     @property
     def _turn(self) -> int:

@@ -6,21 +6,24 @@ and values are moved as if they were read as they are.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 from tqdm import tqdm
 
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerShape
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerShape, total
 from vecinfer_jax.calibration.fisher import gradient_by_rows
 from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
 from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
 from vecinfer_jax.models.layerwise import head_of, unembed
+from vecinfer_jax.parallel.shardings import weight_specs
+from vecinfer_jax.parallel.share import Share
 from vecinfer_jax.rope import apply_rope
 
 # Adam's rates, as shares of an array's root mean square; they fall to 0 as a cosine.
@@ -70,6 +73,8 @@ def refine_model(
     params: the model's, with the values' transform folded in; sinks: of each layer's method.
     """
     config, dtype = lm.config, jnp.dtype(lm.dtype)
+    # One passage is run at a time: what splits it is the model axis.
+    share = None if lm.layout is None else Share(config, lm.layout, lm.layout.axes_of_texts(1, context=False))
     names = [f"layers_{index}" for index in range(config.num_layers)]
     head = head_of(params)
     held = [{name: jnp.asarray(array, jnp.float32) for name, array in layer.items()} for layer in layers]
@@ -95,13 +100,12 @@ def refine_model(
         arrays = [{**layer, **unscaled(s, size)} for layer, s, size in zip(held, scaled, sizes, strict=True)]
         for name, layer, sink in zip(names, arrays, sinks, strict=True):
             inputs.append(x)
-            x = _forward(config, dtype, sink, params[name], x, layer, positions, cos, sin)
-            full = _forward(config, dtype, sink, params[name], full, {}, positions, cos, sin)
+            x = _forward(config, dtype, share, sink, params[name], x, layer, positions, cos, sin)
+            full = _forward(config, dtype, share, sink, params[name], full, {}, positions, cos, sin)
         gradient = _divergence_gradient(config, dtype, head, x[0], full[0])[None]
         for at in reversed(range(len(names))):
-            gradient, of_arrays = _backward(
-                config, dtype, sinks[at], params[names[at]], inputs[at], arrays[at], positions, cos, sin, gradient
-            )
+            of_layer = params[names[at]], inputs[at], arrays[at]
+            gradient, of_arrays = _backward(config, dtype, share, sinks[at], *of_layer, positions, cos, sin, gradient)
             scaled[at], states[at] = update(scaled[at], states[at], of_arrays, sizes[at])
     return [
         {**layer, **{name: np.asarray(array) for name, array in unscaled(s, size).items()}}
@@ -112,6 +116,7 @@ def refine_model(
 def _layer_output(
     config: Any,
     dtype: Any,
+    share: Share | None,
     sink: int,
     params: Any,
     x: Float[Array, "1 T hidden"],
@@ -120,19 +125,35 @@ def _layer_output(
     cos: Array,
     sin: Array,
 ) -> Float[Array, "1 T hidden"]:
+    """On one device, or of a device's share."""
+    axes = NO_AXES if share is None else share.axes
+    if share is not None:
+        config, params = share.of_device, share.biases_once(params)
     lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
-    chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype))
+    chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype, axes))
     out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, arrays, Differentiable(sink), False)
     return out[0]  # type: ignore[no-any-return]
 
 
-_forward = jax.jit(_layer_output, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _forward(
+    config: Any, dtype: Any, share: Share | None, sink: int, params: Any, x: Array, arrays: Arrays, *places: Array
+) -> Float[Array, "1 T hidden"]:
+    """A layer's output; `places`: positions, cos and sin."""
+
+    def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> Array:
+        return _layer_output(config, dtype, share, sink, params, x, arrays, *places)
+
+    if share is not None:
+        run = _mapped(run, share, params, arrays, len(places), PartitionSpec())
+    return run(params, x, arrays, *places)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _backward(
     config: Any,
     dtype: Any,
+    share: Share | None,
     sink: int,
     params: Any,
     x: Float[Array, "1 T hidden"],
@@ -142,12 +163,45 @@ def _backward(
     sin: Array,
     gradient: Float[Array, "1 T hidden"],
 ) -> tuple[Float[Array, "1 T hidden"], Arrays]:
-    """Gradients with respect to a layer's input and its arrays, from that with respect to its output."""
+    """Gradients with respect to a layer's input and its arrays, from that with respect to its output.
 
-    def run(x: Array, arrays: Arrays) -> Array:
-        return _layer_output(config, dtype, sink, params, x, arrays, positions, cos, sin)
+    Over a mesh, inside the mapped function: XLA (of JAX 0.11) crashes where some of what a gradient keeps leaves it.
+    """
+    sizes = {name: len(array) for name, array in arrays.items()}
 
-    return jax.vjp(run, x, arrays)[1](gradient)
+    def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> tuple[Array, Arrays]:
+        def output(x: Array, arrays: Arrays) -> Array:
+            return _layer_output(config, dtype, share, sink, params, x, arrays, *places[:3])
+
+        _, back = jax.vjp(output, x, arrays)
+        if share is None:
+            return back(places[3])
+        # Every device has the output, and an input of its own: what it changes there is its part of the gradient.
+        of_input, of_arrays = back(places[3] / share.layout.size("model"))
+        axis, split = share.axes.model, _by_head(share, sizes)
+        return total(of_input, axis), {
+            name: array if split[name] != PartitionSpec() else total(array, axis) for name, array in of_arrays.items()
+        }
+
+    if share is not None:
+        run = _mapped(run, share, params, arrays, 4, (PartitionSpec(), _by_head(share, sizes)))
+    return run(params, x, arrays, positions, cos, sin, gradient)
+
+
+def _mapped(
+    run: Callable[..., Any], share: Share, params: Any, arrays: Arrays, others: int, out: Any
+) -> Callable[..., Any]:
+    """run(params, x, arrays, *others) on every device's share of weights and of what arrays have a part of a head."""
+    whole, sizes = PartitionSpec(), {name: len(array) for name, array in arrays.items()}
+    of_params = weight_specs(params, share.config, share.layout)
+    specs = (of_params, whole, _by_head(share, sizes), *[whole] * others)
+    return jax.shard_map(run, mesh=share.layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+
+def _by_head(share: Share, sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
+    """Specs of a layer's arrays by their first axes: KV heads, or one for all of them."""
+    heads = share.config.num_kv_heads
+    return {name: PartitionSpec(share.axes.model) if size == heads else PartitionSpec() for name, size in sizes.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -59,7 +59,8 @@ class GradientSampler:
         def none() -> Float32[Array, "n"]:
             return jnp.full((samples,), jnp.inf, jnp.float32)
 
-        self.layers = [GradientSample(empty(), empty(), none()) for _ in range(c.num_layers)]
+        layers = [GradientSample(empty(), empty(), none()) for _ in range(c.num_layers)]
+        self.layers = layers if lm.layout is None else jax.device_put(layers, lm.layout.sharding())
 
     def add(
         self,

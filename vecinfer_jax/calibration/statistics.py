@@ -14,7 +14,15 @@ from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import hadamard
 from vecinfer_jax.caches.attention import MASKED, QUERY_BLOCK, causal_attention, combine, scores
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.base import (
+    CacheMethod,
+    Chunk,
+    LayerCalibration,
+    LayerShape,
+    array_field,
+    every_row,
+    total,
+)
 from vecinfer_jax.calibration.roles import SHARES, attention_shares
 from vecinfer_jax.rope import apply_rope
 
@@ -93,6 +101,7 @@ class Statistics(CacheMethod):
     length: int = 0
     shares: bool = False
     name: ClassVar[str] = "statistics"
+    splits_tokens: ClassVar[bool] = False
 
     def init(
         self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None
@@ -137,8 +146,10 @@ class Statistics(CacheMethod):
     ) -> tuple[Float[Array, "B T Hq D"], LayerStatistics]:
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
         out = causal_attention(q, k, v, chunk.lengths, chunk.layer.scale)
+        axes = chunk.layer.axes  # of all rows every device keeps statistics of its own heads
+        q, k, v, lengths, positions = (every_row(x, axes) for x in (q, k, v, chunk.lengths, chunk.positions))
         b, t, heads, d = k.shape
-        counts = (jnp.arange(t)[None, :] < chunk.lengths[:, None]).reshape(-1)
+        counts = (jnp.arange(t)[None, :] < lengths[:, None]).reshape(-1)
         keys = jnp.where(counts[:, None, None], k.astype(jnp.float32).reshape(-1, heads, d), 0.0)
         queries = jnp.where(counts[:, None, None], q.astype(jnp.float32).reshape(b * t, -1, d), 0.0)
         queries = queries.reshape(b * t, heads, -1, d)
@@ -154,15 +165,15 @@ class Statistics(CacheMethod):
 
         key_weights, value_weights = cache.key_weights, cache.value_weights
         if key_weights is not None and value_weights is not None:
-            of_keys, of_values = attention_received(q, k, v, chunk.lengths, chunk.layer.scale)
+            of_keys, of_values = attention_received(q, k, v, lengths, chunk.layer.scale)
             key_weights = sample(key_weights, of_keys.reshape(-1, heads))
             value_weights = sample(value_weights, of_values.reshape(-1, heads))
         windows = cache.windows
         if windows is not None:
-            windows = self._kept(windows, q, k, v, chunk.lengths, cache.draws)
+            windows = self._kept(windows, q, k, v, lengths, cache.draws)
         shares, share_queries = cache.attention_shares, cache.share_queries
         if shares is not None and share_queries is not None:
-            here, queries = attention_shares(q, k, chunk.lengths, chunk.layer.scale)
+            here, queries = (total(x, axes.model) for x in attention_shares(q, k, lengths, chunk.layer.scale))
             shares, share_queries = shares + here, share_queries + queries
 
         return out, LayerStatistics(
@@ -173,7 +184,7 @@ class Statistics(CacheMethod):
             query_moment=cache.query_moment + moment,
             keys=sample(cache.keys, keys),
             values=sample(cache.values, v.reshape(-1, heads, d)),
-            positions=jnp.where(jnp.isinf(priority[keep]), -1, sample(cache.positions, chunk.positions.reshape(-1))),
+            positions=jnp.where(jnp.isinf(priority[keep]), -1, sample(cache.positions, positions.reshape(-1))),
             priority=priority[keep],
             draws=cache.draws + 1,
             key_weights=key_weights,

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Float32, Int
 from tqdm import tqdm
 
 from vecinfer_jax.caches.attention import causal_attention
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field, total
 from vecinfer_jax.caches.windowed import WindowedMethod
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.store import resolve_calibration
@@ -60,6 +60,7 @@ class _CodeError(CacheMethod):
 
     method: WindowedMethod
     name: ClassVar[str] = "code-error"
+    splits_tokens: ClassVar[bool] = False
 
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> _Sums:
         self.method.validate(layer)
@@ -89,8 +90,10 @@ class _CodeError(CacheMethod):
             x, given = (a.swapaxes(1, 2).astype(jnp.float32) for a in (x, given))
             return [jnp.sum((given - coded.astype(jnp.float32)) ** 2), jnp.sum(x**2)]
 
-        sums = cache.sums + jnp.stack(squares(k, held, keys) + squares(v, v, values))
-        return out, _Sums(sums, cache.outliers + self.method.outliers_held(store), cache.store)
+        axes = chunk.layer.axes
+        here = jnp.stack(squares(k, held, keys) + squares(v, v, values)), self.method.outliers_held(store)
+        sums, outliers = (total(x, axes.data, axes.model) for x in here)
+        return out, _Sums(cache.sums + sums, cache.outliers + outliers, cache.store)
 
     def decode(self, q, k, v, chunk, cache):  # type: ignore[no-untyped-def]
         raise NotImplementedError("code errors are measured over texts, not while decoding")

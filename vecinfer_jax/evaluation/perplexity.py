@@ -65,13 +65,14 @@ def perplexity(
     length: int = 1024,
     windows: int | None = None,
     prefill: str = "coded",
-    batch: int = 1,
+    batch: int | None = None,
     reference: Sequence[Float[np.ndarray, "T hidden"]] | None = None,
     progress: bool = True,
 ) -> PerplexityResult:
     """Scores the first `windows` non-overlapping windows of `length` tokens of a text (all whole ones by default).
 
-    `batch`: windows run at a time, of the same length each by itself (an accelerator is not filled by one).
+    `batch`: windows run at a time, of the same length each by itself (an accelerator is not filled by one); default: 1,
+    or one for each device of a mesh's data axis.
     `reference`: what `full_precision_hidden` gave for the same model and windows, where several methods are compared.
 
     Raises:
@@ -79,6 +80,8 @@ def perplexity(
     """
     method = method or FullPrecision()
     check_prefill(prefill)
+    if batch is None:
+        batch = 1 if lm.layout is None else lm.layout.size("data")
     check_whole("batch", batch)
     texts = text_windows(lm, text, length, windows)
     calibration = resolve_calibration(lm, method, calibration, progress=progress)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Float32, Int
 from tqdm import tqdm
 
 from vecinfer_jax.caches.attention import MASKED, Tokens, causal_attention, scores
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field, total
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.caches.host_tier import SparseLayer
 from vecinfer_jax.caches.windowed import WindowedCache
@@ -59,6 +59,7 @@ class _Selection(CacheMethod):
 
     method: SparseLayer
     name: ClassVar[str] = "selection"
+    splits_tokens: ClassVar[bool] = False
 
     def init(self, layer: LayerShape, batch: int, capacity: int, calibration: LayerCalibration = None) -> _Masses:
         inner = self.method.init(layer, batch, capacity, calibration)
@@ -85,8 +86,11 @@ class _Selection(CacheMethod):
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
         out = causal_attention(q, k, v, chunk.lengths, chunk.layer.scale)
         counts = self.method.coded_count(chunk.positions + 1) > self.method.tokens
-        sums = jnp.sum(jnp.where(counts[:, :, None], jnp.mean(masses, axis=2), 0.0), axis=(0, 1))
-        return out, _Masses(inner, cache.sums + sums, cache.queries + jnp.sum(counts))
+        axes = chunk.layer.axes
+        heads = total(jnp.int32(masses.shape[2]), axes.model)
+        sums = jnp.sum(jnp.where(counts[:, :, None, None], masses, 0.0), axis=(0, 1, 2)) / heads
+        sums, queries = total(sums, axes.data, axes.model), total(jnp.sum(counts), axes.data)
+        return out, _Masses(inner, cache.sums + sums, cache.queries + queries)
 
     def _masses(
         self, q: Any, tokens: Tokens, near: Any, there: Any, chosen: Any, layer: LayerShape

@@ -171,8 +171,9 @@ def generate(
         batch_size: rows to pad the batch to, so that a smaller last batch recompiles nothing.
         seeds: place of each prompt for the purposes of `seed` (default 0, 1, 2, ...).
         progress: tell of calibration on first use.
-        mesh: run on several devices (`vecinfer_jax.parallel.make_mesh`, or a `Layout` with its settings). Weights that
-            were loaded for it (`load(mesh=)`) stay where they are. The batch is padded to a multiple of its data axis.
+        mesh: run on several devices (`vecinfer_jax.parallel.make_mesh`, or a `Layout` with its settings); default: the
+            mesh that the model was loaded for (`load(mesh=)`), whose weights stay where they are. The batch is padded
+            to a multiple of its data axis.
 
     Raises:
         InputError: an empty prompt, an unknown setting, a mesh that does not fit the model.
@@ -336,7 +337,7 @@ def _prefill(
         raise InputError(f"a stop token id is outside the vocabulary of {lm.config.vocab_size}")
     calibration = resolve_calibration(lm, method, options.calibration, progress=options.progress)
     method = method.resolved(calibration.layers)
-    layout = None if options.mesh is None else layout_of(options.mesh)
+    layout = lm.layout if options.mesh is None else layout_of(options.mesh)
     rows = max(batch_size or 0, len(encoded))
     rows = rows if layout is None else round_up(rows, layout.size("data"))
     width = min(bucket(longest), capacity)

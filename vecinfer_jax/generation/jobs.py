@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Bool
 from tqdm import tqdm
 
 from vecinfer_jax.caches.base import CacheMethod
@@ -20,6 +22,7 @@ from vecinfer_jax.generation.generate import encode_prompt, generate, stop_texts
 from vecinfer_jax.generation.sampling import Sampling
 from vecinfer_jax.models import LanguageModel
 from vecinfer_jax.parallel.mesh import Layout
+from vecinfer_jax.parallel.processes import leads, told_by_first
 
 # How every answer begins: what stands after the last whole line is only removed if it begins like this.
 _ANSWER_START = b'{"index": '
@@ -49,7 +52,8 @@ def run_job(
     {"index", "id", "text", "tokens", "finish_reason", "run"} and, if asked for, "logprobs". `index` is the line of the
     source, and decides with `seed` what is random, so an interrupted job ends with the answers of an uninterrupted
     one. `run` is a digest of prompt and settings: an answer made with others is never taken for one of this job.
-    `mesh` is `generate`'s, and none of the settings.
+    `mesh` is `generate`'s, and none of the settings. Of several processes, the first alone reads and writes
+    `destination`.
 
     Raises:
         InputError: a bad line (by number; nothing is generated then), or answers of another job in `destination`.
@@ -58,7 +62,7 @@ def run_job(
     if batch_size < 1:
         raise InputError(f"batch_size={batch_size} must be 1 or more")
     destination = Path(destination)
-    if destination.exists() and destination.samefile(source):
+    if leads() and destination.exists() and destination.samefile(source):
         raise InputError(f"{destination} is the input: choose another output")
     records = _read_prompts(lm, Path(source), max_new_tokens, chat)
     calibration = resolve_calibration(lm, method, calibration, progress=progress)
@@ -74,13 +78,13 @@ def run_job(
         "logprobs": logprobs,
     }
     digests = [_digest(settings, ids) for _, ids in records]
-    done = _read_answers(destination, digests)
-    todo = [index for index in range(len(records)) if index not in done]
+    answered = told_by_first(lambda: _read_answers(destination, digests), np.zeros(len(records), bool))
+    todo = np.flatnonzero(~answered).tolist()
     if not todo:
         return 0
     with (
-        open(destination, "a", encoding="utf-8") as out,
-        tqdm(total=len(records), initial=len(done), desc="prompts", disable=not progress) as bar,
+        open(destination if leads() else os.devnull, "a", encoding="utf-8") as out,
+        tqdm(total=len(records), initial=len(records) - len(todo), desc="prompts", disable=not progress) as bar,
     ):
         for at in range(0, len(todo), batch_size):
             indices = todo[at : at + batch_size]
@@ -111,7 +115,8 @@ def run_job(
                     answer["logprobs"] = result.logprobs[row]
                 out.write(json.dumps(answer, ensure_ascii=False) + "\n")
             out.flush()
-            os.fsync(out.fileno())
+            if leads():
+                os.fsync(out.fileno())
             bar.update(len(indices))
     return len(todo)
 
@@ -159,11 +164,11 @@ def _prompt_of(record: Any, chat: bool) -> Any:
     return value
 
 
-def _read_answers(path: Path, digests: list[str]) -> set[int]:
-    """Indices already answered. A last line cut short by an interruption is removed."""
+def _read_answers(path: Path, digests: list[str]) -> Bool[np.ndarray, "lines"]:
+    """Which are answered already. A last line cut short by an interruption is removed."""
+    done = np.zeros(len(digests), bool)
     if not path.exists():
-        return set()
-    done: set[int] = set()
+        return done
     content = path.read_bytes()
     whole = content[: content.rfind(b"\n") + 1]
     start = content[len(whole) :][: len(_ANSWER_START)]
@@ -179,7 +184,7 @@ def _read_answers(path: Path, digests: list[str]) -> set[int]:
             raise InputError(
                 f"{path}, line {number} was made from other prompts, model or settings: choose another output"
             )
-        done.add(index)
+        done[index] = True
     if len(whole) < len(content):
         with open(path, "r+b") as file:
             file.truncate(len(whole))

@@ -42,6 +42,8 @@ class LanguageModel:
     dtype:       of weights and activations.
     name:        for people.
     fingerprint: identifies the weights as published, whatever type they are loaded in; calibrations carry it.
+    layout:      of the mesh that the weights lie on, over which all of that then runs (`vecinfer_jax.parallel.Layout`);
+                 None: one device.
     """
 
     config: ModelConfig
@@ -50,6 +52,7 @@ class LanguageModel:
     dtype: Any
     name: str
     fingerprint: str
+    layout: Any = None
 
     def save(self, directory: str | Path) -> Path:
         """Writes an Orbax directory that `load` reads back. Raises `InputError` where it exists already."""
@@ -76,8 +79,8 @@ def load(
     With huggingface_hub installed, also by its repository name on a hub ("org/model"). `dtype` is a type or
     its name; by default bfloat16 on GPUs and TPUs, float32 on CPUs. `sharding` says, by the path of a weight
     ("layers_0/attention/q_proj/kernel"), where it goes; `mesh`, a mesh or a `vecinfer_jax.parallel.Layout`, puts each
-    where generation over that mesh wants it, one tensor at a time. Raises a `VecInferError`, in one line, for whatever
-    is wrong with the name, the files or the architecture.
+    where it belongs on that mesh, one tensor at a time, and all that is done with the model then runs there. Raises a
+    `VecInferError`, in one line, for whatever is wrong with the name, the files or the architecture.
     """
     dtype = resolve_dtype(dtype)
     name = str(name_or_path)
@@ -88,23 +91,24 @@ def load(
         name = path.absolute().name.removesuffix(".gguf")
     if sharding is not None and mesh is not None:
         raise InputError("give sharding or mesh, not both")
+    if mesh is not None:
+        from vecinfer_jax.parallel import layout_of, weight_sharding
 
-    def placed(config: ModelConfig) -> ShardingOf | None:
-        if mesh is None:
-            return sharding
-        from vecinfer_jax.parallel import weight_sharding
+        layout = layout_of(mesh)
+        lm = _load_path(path, name, str(name_or_path), dtype, progress, lambda config: weight_sharding(layout, config))
+        return dataclasses.replace(lm, layout=layout)
+    return _load_path(path, name, str(name_or_path), dtype, progress, lambda config: sharding)
 
-        return weight_sharding(mesh, config)
 
+def _load_path(path: Path, name: str, given: str, dtype: Any, progress: bool, placed: _Placed) -> LanguageModel:
     if path.is_dir():
         return _load_directory(path, name, dtype, progress, placed)
     if path.is_file() and path.suffix == ".gguf":
         return _load_gguf(path, name, dtype, progress, placed)
-    if not path.exists() and _HUB_NAME.fullmatch(str(name_or_path)):
-        repository = str(name_or_path)
-        return _load_directory(_from_hub(repository), repository, dtype, progress, placed)
+    if not path.exists() and _HUB_NAME.fullmatch(given):
+        return _load_directory(_from_hub(given), given, dtype, progress, placed)
     raise InputError(
-        f"there is no model {str(name_or_path)!r}; name a directory with config.json and weights, a .gguf file, "
+        f"there is no model {given!r}; name a directory with config.json and weights, a .gguf file, "
         f"a repository on a hub (org/model), or one of {', '.join(_model_assets())}"
     )
 

@@ -14,21 +14,27 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, Int
 
-from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCache, ReadMode, settled
+from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerCache, ReadMode, settled
 from vecinfer_jax.caches.full_precision import FullPrecision
 from vecinfer_jax.calibration.artefact import Calibration
+from vecinfer_jax.errors import InputError
 from vecinfer_jax.models.config import ModelConfig
 from vecinfer_jax.models.decoder import Decoder, DecoderLayer, layer_shape
 from vecinfer_jax.models.folding import fold_values
+from vecinfer_jax.parallel.shardings import place_params
+from vecinfer_jax.parallel.share import Share
 
 
 class Layerwise:
-    """A model over one cache method, run layer by layer.
+    """A model over one cache method, run layer by layer; over a mesh where the model lies on one (`lm.layout`).
 
     What of a method depends on the layer goes through `for_layer`, so layers with equal methods share a program.
     """
 
     def __init__(self, lm: Any, method: CacheMethod | None = None, calibration: Calibration | None = None) -> None:
+        """Raises `InputError` where the mesh is of several processes."""
+        if lm.layout is not None and lm.layout.mesh.is_multi_process:
+            raise InputError("models are calibrated and evaluated in one process: give several the artefact of one")
         self.lm = lm
         self.method = method or FullPrecision()
         if calibration is not None:
@@ -37,6 +43,8 @@ class Layerwise:
         self._methods = [self.method.for_layer(i, n) for i in range(n)]
         self._calibration = [None] * n if calibration is None else [layer or None for layer in calibration.layers]
         self._params = lm.params if calibration is None else fold_values(lm, self.method, calibration)
+        if lm.layout is not None:
+            self._params = place_params(self._params, lm.config, lm.layout)
 
     def init(self, batch: int, capacity: int) -> list[LayerCache]:
         """Empty caches of every layer."""
@@ -44,7 +52,16 @@ class Layerwise:
 
     def _init(self, index: int, batch: int, capacity: int) -> LayerCache:
         method, dtype = self._methods[index], jnp.dtype(self.lm.dtype)
-        return _init(self.lm.config, method, dtype, batch, capacity, self._calibration[index])
+        share = self._share(batch)
+        return _init(self.lm.config, method, dtype, share, batch, capacity, self._calibration[index])
+
+    def _share(self, batch: int) -> Share | None:
+        """How texts are split over the mesh; None on one device."""
+        layout = self.lm.layout
+        if layout is None:
+            return None
+        axes = layout.axes_of_texts(batch, all(method.splits_tokens for method in self._methods))
+        return Share(self.lm.config, layout, axes)
 
     def hidden(
         self,
@@ -106,12 +123,13 @@ class Layerwise:
         batch, width = tokens.shape
         lengths = jnp.full((batch,), width, jnp.int32) if lengths is None else jnp.asarray(lengths, jnp.int32)
         start = jnp.zeros((batch,), jnp.int32) if start is None else jnp.asarray(start, jnp.int32)
-        x, positions, cos, sin = _embed(lm.config, lm.params["embed"], tokens, start)
+        share = self._share(batch)
+        x, positions, cos, sin = _embed(lm.config, share, decode, lm.params["embed"], tokens, start)
         previous, out = None, []
         for index, method in enumerate(self._methods):
             cache = self._init(index, batch, width) if caches is None else caches[index]
             run = _layer_donating if donate else _layer
-            static = (lm.config, method, jnp.dtype(lm.dtype), first, read, decode, keep)
+            static = (lm.config, method, jnp.dtype(lm.dtype), share, first, read, decode, keep)
             if inputs is not None:
                 inputs.append(x)
             x, previous, cache = run(
@@ -119,13 +137,14 @@ class Layerwise:
             )
             if keep:
                 out.append(cache)
-        return x, out
+        return x if share is None or decode else _in_order(share, width, x), out
 
 
 def _run_layer(
     config: ModelConfig,
     method: CacheMethod,
     dtype: Any,
+    share: Share | None,
     first: bool,
     read: ReadMode,
     decode: bool,
@@ -139,31 +158,70 @@ def _run_layer(
     cos: jax.Array,
     sin: jax.Array,
 ) -> tuple[jax.Array, jax.Array, LayerCache | None]:
-    chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype), first=first, read=read)
-    if decode:
-        (cache,) = settled([method], [cache], positions[:, 0], [chunk.layer])
-    out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, cache, method, decode, previous)
-    x, normed, cache = out
+    axes, here = (NO_AXES, config) if share is None else (share.axes, share.of_device)
+
+    def run(params: Any, cache: Any, x: Any, previous: Any, positions: Any, lengths: Any, cos: Any, sin: Any) -> Any:
+        layer = layer_shape(here, 0, dtype, axes)
+        chunk = Chunk(positions, lengths, cos, sin, layer=layer, first=first, read=read)
+        if decode:
+            (cache,) = settled([method], [cache], positions[:, 0], [chunk.layer])
+        out: Any = DecoderLayer(here, dtype).apply({"params": params}, x, chunk, cache, method, decode, previous)
+        return out[:2], out[2]
+
+    inputs = (x, previous, positions, lengths, cos, sin)
+    if share is None:
+        (x, normed), cache = run(params, cache, *inputs)
+    else:
+        tokens = _spec_of(share, decode)
+        specs = (tokens, tokens, tokens, share.rows, tokens, tokens)
+        (x, normed), cache = share.mapped(run, params, cache, inputs, specs, tokens)
     return x, normed, cache if keep else None
 
 
-_STATIC = tuple(range(7))
+_STATIC = tuple(range(8))
 _layer = jax.jit(_run_layer, static_argnums=_STATIC)
-_layer_donating = jax.jit(_run_layer, static_argnums=_STATIC, donate_argnums=10)
+_layer_donating = jax.jit(_run_layer, static_argnums=_STATIC, donate_argnums=11)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _spec_of(share: Share, decode: bool) -> Any:
+    """Of tokens [B, T, ...] and what is computed of them."""
+    return share.rows if decode else share.prompt
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4, 5))
 def _init(
-    config: ModelConfig, method: CacheMethod, dtype: Any, batch: int, capacity: int, calibration: Any
+    config: ModelConfig,
+    method: CacheMethod,
+    dtype: Any,
+    share: Share | None,
+    batch: int,
+    capacity: int,
+    calibration: Any,
 ) -> LayerCache:
-    return method.init(layer_shape(config, 0, dtype), batch, capacity, calibration)
+    axes = NO_AXES if share is None else share.axes
+    cache = method.init(layer_shape(config, 0, dtype, axes), batch, capacity, calibration)
+    return cache if share is None else share.settled(cache)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _embed(config: ModelConfig, table: jax.Array, tokens: jax.Array, start: jax.Array) -> tuple[jax.Array, ...]:
-    positions = start[:, None] + jnp.arange(tokens.shape[1], dtype=jnp.int32)[None]
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _embed(
+    config: ModelConfig, share: Share | None, decode: bool, table: jax.Array, tokens: jax.Array, start: jax.Array
+) -> tuple[jax.Array, ...]:
+    """What a layer reads beside parameters and cache; over a mesh, of tokens in `Share.prompt_order`."""
+    width = tokens.shape[1]
+    offsets = np.arange(width) if share is None or decode else share.prompt_order(width)
+    positions = start[:, None] + jnp.asarray(offsets, jnp.int32)[None]
     cos, sin = config.rope.cos_sin(positions)
-    return table[tokens], positions, cos, sin
+    x = table[jnp.pad(tokens, ((0, 0), (0, len(offsets) - width)))[:, offsets]]
+    if share is not None:
+        x = jax.lax.with_sharding_constraint(x, share.placed(_spec_of(share, decode)))
+    return x, positions, cos, sin
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _in_order(share: Share, width: int, x: Float[Array, "B T hidden"]) -> Float[Array, "B width hidden"]:
+    """The tokens of a prompt in their own order."""
+    return x if share.axes.context is None else x[:, np.argsort(share.prompt_order(width))[:width]]
 
 
 def head_of(params: Any) -> Any:

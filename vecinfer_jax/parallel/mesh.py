@@ -98,15 +98,26 @@ class Layout:
 
     def axes(self, batch: int, capacity: int) -> MeshAxes:
         """What caches for `batch` rows of `capacity` tokens are split over."""
+        return self._axes(data=True, context=self.rows(batch) * capacity >= self.split_from)
 
-        def named(axis: str) -> str | None:
-            return axis if self.size(axis) > 1 else None
+    def axes_of_texts(self, batch: int, context: bool) -> MeshAxes:
+        """What texts are split over that evaluation and calibration run; tokens only where `context`.
 
-        long = self.rows(batch) * capacity >= self.split_from
-        context = named("context") if long else None
-        shards = self.size("context") if context else 1
+        A batch that the data axis does not divide is run as a whole by every one of its devices.
+        """
+        return self._axes(data=batch % self.size("data") == 0, context=context)
+
+    def _axes(self, data: bool, context: bool) -> MeshAxes:
+        def named(axis: str, wanted: bool = True) -> str | None:
+            return axis if wanted and self.size(axis) > 1 else None
+
         return dataclasses.replace(
-            NO_AXES, data=named("data"), context=context, model=named("model"), shards=shards, merge=self.merge
+            NO_AXES,
+            data=named("data", data),
+            context=named("context", context),
+            model=named("model"),
+            shards=self.size("context") if context else 1,
+            merge=self.merge,
         )
 
     def sharding(self, *axes: str | None) -> NamedSharding:

@@ -12,24 +12,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float32, Int
 
-from vecinfer_jax.caches.base import ReadMode, allocated_bytes
+from vecinfer_jax.caches.base import ReadMode
 from vecinfer_jax.caches.stripes import of_prompt, prompt_pieces, prompt_share
-from vecinfer_jax.errors import InputError
-from vecinfer_jax.models.checkpoint_map import flatten, unflatten
 from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.models.network import Network
 from vecinfer_jax.parallel.mesh import Layout
-from vecinfer_jax.parallel.shardings import (
-    ADDED_ONCE,
-    NonEmpty,
-    cache_specs,
-    device_share,
-    splits_vocabulary,
-    weight_specs,
-)
+from vecinfer_jax.parallel.share import Share
 
 
 class SplitNetwork(Network):
@@ -37,33 +28,15 @@ class SplitNetwork(Network):
 
     def __init__(self, decoder: Decoder, layout: Layout) -> None:
         """Raises `InputError` where the model cannot be split so."""
-        layout.check(decoder.config)
         super().__init__(decoder)
-        self.layout = layout
-        devices = layout.size("model")
-        config, split = decoder.config, splits_vocabulary(decoder.config, devices)
-        share = dataclasses.replace(
-            config,
-            num_query_heads=config.num_query_heads // devices,
-            num_kv_heads=config.num_kv_heads // devices,
-            intermediate_size=config.intermediate_size // devices,
-            vocab_size=config.vocab_size // devices if split else config.vocab_size,
+        self.layout, self.share = layout, Share(decoder.config, layout, decoder.axes)
+        self.of_device: Decoder = decoder.clone(
+            config=self.share.of_device, whole_vocabulary=self.share.whole_vocabulary
         )
-        self.share: Decoder = decoder.clone(config=share, whole_vocabulary=not split)
 
     def init_caches(self, calibration: Any, batch: int, capacity: int) -> tuple[Callable[..., Any], Any]:
-        """Raises `InputError` for methods that keep tokens in the host's memory."""
         init = functools.partial(super().init, batch, capacity)
-        shapes = jax.eval_shape(init, calibration)
-        if allocated_bytes(shapes)["host"]:
-            raise InputError("caches in the host's memory cannot lie on a mesh: leave it out, or choose another method")
-        specs = self.cache_specs(shapes)
-        return init, jax.tree.map(lambda spec: NamedSharding(self.layout.mesh, spec), specs, is_leaf=_is_spec)
-
-    def cache_specs(self, shapes: Any) -> Any:
-        """Specs of caches of these shapes."""
-        axes = self.decoder.axes
-        return cache_specs(shapes, lambda axis: getattr(axes, axis) is not None)
+        return init, self.share.cache_shardings(jax.eval_shape(init, calibration))
 
     def prefill(
         self,
@@ -79,23 +52,23 @@ class SplitNetwork(Network):
         pieces = prompt_pieces(axes)
         tokens = jnp.pad(tokens, ((0, 0), (0, -tokens.shape[1] % pieces)))
 
-        def run(params: Any, tokens: jax.Array, start: jax.Array, caches: Any, lengths: jax.Array) -> Any:
+        def run(params: Any, caches: Any, tokens: jax.Array, start: jax.Array, lengths: jax.Array) -> Any:
             offsets = prompt_share(jnp.arange(tokens.shape[1], dtype=jnp.int32)[None], axes)[0]
             own = prompt_share(tokens, axes)
             positions = jnp.broadcast_to(start + offsets, own.shape)
-            hidden, caches = self.share.apply(
+            hidden, caches = self.of_device.apply(
                 {"params": params}, own, positions, caches, lengths=lengths, first=first, read=read, logits="hidden"
             )
             last = of_prompt(hidden, offsets, lengths - 1, axes)
-            return self.share.apply({"params": params}, last, method="unembed"), caches
+            return self.of_device.apply({"params": params}, last, method="unembed"), caches
 
-        return self._mapped(run, params, caches, tokens, start, lengths=lengths)
+        return self._mapped(run, params, caches, tokens, start, lengths)
 
     def step(
         self, params: Any, token: Int[Array, "B"], position: Int[Array, "B"], caches: Any
     ) -> tuple[Float32[Array, "B V"], Any]:
-        def run(params: Any, token: jax.Array, position: jax.Array, caches: Any) -> Any:
-            logits, caches = self.share.apply(
+        def run(params: Any, caches: Any, token: jax.Array, position: jax.Array) -> Any:
+            logits, caches = self.of_device.apply(
                 {"params": params}, token[:, None], position[:, None], caches, decode=True
             )
             return logits[:, 0], caches
@@ -115,44 +88,8 @@ class SplitNetwork(Network):
     def whole(self, arrays: Any) -> Any:
         return jax.tree.map(lambda _: self.layout.sharding(), arrays)
 
-    def _mapped(
-        self, run: Callable[..., Any], params: Any, caches: Any, first: Any, second: Any, **rest: Any
-    ) -> tuple[jax.Array, Any]:
-        """run(params, first, second, caches, *rest) on every device's share."""
-        rows = PartitionSpec(self.decoder.axes.data)
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), caches)
-        of_caches = self.cache_specs(shapes)
-        everywhere, here = NonEmpty(shapes), NonEmpty(device_share(shapes, of_caches, self.layout.mesh.shape))
-        of_held = everywhere.held(of_caches)
-
-        def share(params: Any, first: Any, second: Any, held: list[jax.Array], *rest: Any) -> Any:
-            out, caches = run(self._biases_once(params), first, second, here.whole(held), *rest)
-            return out, here.held(caches)
-
-        def spec(x: Any) -> PartitionSpec:
-            return rows if jnp.ndim(x) else PartitionSpec()
-
-        of_params = weight_specs(params, self.decoder.config, self.layout)
-        out, held = jax.shard_map(
-            share,
-            mesh=self.layout.mesh,
-            in_specs=(of_params, spec(first), spec(second), of_held, *map(spec, rest.values())),
-            out_specs=(rows, of_held),
-            check_vma=False,
-        )(params, first, second, everywhere.held(caches), *rest.values())
-        return out, everywhere.whole(held)
-
-    def _biases_once(self, params: Any) -> Any:
-        """Biases that are added to a sum over the model axis, on its first device only."""
-        axis = self.decoder.axes.model
-        if axis is None:
-            return params
-        first = jax.lax.axis_index(axis) == 0
-        flat = flatten(params)
-        return unflatten(
-            {p: jnp.where(first, x, 0).astype(x.dtype) if p.endswith(ADDED_ONCE) else x for p, x in flat.items()}
-        )
-
-
-def _is_spec(x: Any) -> bool:
-    return isinstance(x, PartitionSpec)
+    def _mapped(self, run: Callable[..., Any], params: Any, caches: Any, *inputs: Any) -> tuple[jax.Array, Any]:
+        """run(params, caches, *inputs) on every device's share; inputs are rows or scalars, outputs rows."""
+        rows = self.share.rows
+        specs = [rows if jnp.ndim(x) else PartitionSpec() for x in inputs]
+        return self.share.mapped(run, params, caches, inputs, specs, rows)

@@ -37,7 +37,7 @@ ADDED_ONCE = ("o_proj/bias", "down_proj/bias")
 # A cache's arrays say in their annotations, such as Float[Array, "B Hkv S D"], what their axes are.
 CACHE_AXES = {
     "B": "data",
-    **dict.fromkeys(("Hkv", "Hk", "Hv", "Mk", "Mv"), "model"),
+    **dict.fromkeys(("Hq", "Hkv", "Hk", "Hv", "Mk", "Mv"), "model"),
     **dict.fromkeys(("S", "tiles", "groups", "shards"), "context"),
 }
 
@@ -75,13 +75,18 @@ def place_params(params: Any, config: ModelConfig, mesh: Mesh | Layout) -> Any:
     return unflatten({path: jax.device_put(x, sharding(path)) for path, x in flatten(params).items()})
 
 
+def place_model(lm: Any, mesh: Mesh | Layout) -> Any:
+    """The model on a mesh, as `load(mesh=)` gives it. Raises `InputError` where it cannot be split so."""
+    return dataclasses.replace(lm, params=place_params(lm.params, lm.config, mesh), layout=layout_of(mesh))
+
+
 def cache_specs(shapes: Any, splits: Callable[[str], bool]) -> Any:
     """Specs of caches, from their shapes as a whole; `splits` says whether a mesh axis splits anything."""
 
-    def spec(annotation: Any, array: jax.ShapeDtypeStruct) -> PartitionSpec:
-        names = _axis_names(annotation)
+    def spec(array: jax.ShapeDtypeStruct, field: dataclasses.Field[Any]) -> PartitionSpec:
+        names = _axis_names(field.type)
         if len(names) != array.ndim:
-            raise TypeError(f"a cache's array of shape {array.shape} is annotated {annotation}")
+            raise TypeError(f"a cache's array of shape {array.shape} is annotated {field.type}")
         axes = (CACHE_AXES.get(name) for name in names)
         # An axis of 1 is one codebook for all heads.
         return PartitionSpec(
@@ -91,14 +96,32 @@ def cache_specs(shapes: Any, splits: Callable[[str], bool]) -> Any:
             )
         )
 
-    def visit(node: Any, annotation: Any) -> Any:
+    return _by_field(spec, shapes)
+
+
+def cache_shardings(shapes: Any, specs: Any, mesh: Mesh) -> Any:
+    """Where caches of these shapes and specs go: each array of the host tier into the memory of its devices' hosts."""
+
+    def kind(array: jax.ShapeDtypeStruct, field: dataclasses.Field[Any]) -> str:
+        return "pinned_host" if field.metadata.get("bytes") == "host" else "device"
+
+    def placed(spec: PartitionSpec, kind: str) -> NamedSharding:
+        return NamedSharding(mesh, spec, memory_kind=kind)
+
+    return jax.tree.map(placed, specs, _by_field(kind, shapes))
+
+
+def _by_field(function: Callable[[jax.ShapeDtypeStruct, Any], Any], shapes: Any) -> Any:
+    """A tree of what the function makes of each array of caches and the field that holds it."""
+
+    def visit(node: Any, field: Any) -> Any:
         if isinstance(node, jax.ShapeDtypeStruct):
-            return spec(annotation, node)
+            return function(node, field)
         if dataclasses.is_dataclass(node) and not isinstance(node, type):
             fields = {f.name: f for f in dataclasses.fields(node) if f.metadata.get("pytree_node", True)}
-            return dataclasses.replace(node, **{n: visit(getattr(node, n), f.type) for n, f in fields.items()})
+            return dataclasses.replace(node, **{name: visit(getattr(node, name), f) for name, f in fields.items()})
         if isinstance(node, list | tuple):
-            return type(node)(visit(child, annotation) for child in node)
+            return type(node)(visit(child, field) for child in node)
         return node
 
     return visit(shapes, None)
