@@ -196,7 +196,10 @@ def test_settings_calibrate_and_are_told_apart():
         ({"refine": "more"}, "refine='more' is unknown"),
         ({"weighted": "yes"}, "weighted='yes' is unknown"),
         ({"restarts": 0}, "restarts=0 must be a whole number, 1 or more"),
-        ({"refine": "attention"}, "needs transform=metric or rotation, not smooth-hadamard"),
+        (
+            {"refine": "attention", "transform": "smooth-hadamard"},
+            "needs transform=metric or rotation, not smooth-hadamard",
+        ),
         ({"restarts": 2, "scope": "global"}, "choose scope layer_head or layer"),
     ],
 )

@@ -137,7 +137,9 @@ def test_the_report_has_every_row_and_the_plots_are_drawn(finished):
     directory, _ = finished
     path = report.write_report(directory / "out")
     written = path.read_text()
-    assert written.count("| vecinfer 1 bit, residual=0 | coded |") == 3 + 1  # three tasks and the table by label
+    assert (
+        written.count("| vecinfer 1 bit, residual=0, transform=smooth-hadamard | coded |") == 3 + 1
+    )  # three tasks and the table by label
     assert "± " in written and "nan" not in written
     images = sorted(p.name for p in (directory / "out").glob("*.png"))
     assert len(images) == 2 and all(name in written for name in images)

@@ -23,7 +23,7 @@ ON_HOST = "tailorkv:bits=2,group=8,residual=16,roles=quantised+sparse,tokens=24,
 CODES_ON_HOST = "tailorkv:roles=sparse*2,host=vecinfer-4,tokens=24,channels=4,sink=2,recent=5,block=8"
 METHODS = (
     "full",
-    "vecinfer:bits=2,residual=16,sink=1",
+    "vecinfer:bits=2,residual=16,sink=1,transform=smooth-hadamard",
     "vecinfer:bits=2,residual=0,transform=metric,sink=3",
     "kvquant:bits=3,outliers=0.01,residual=8",
     "kvquant:bits=2,outliers=0.02,keys=per-token",
