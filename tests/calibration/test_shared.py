@@ -13,6 +13,7 @@ from vecinfer_jax.calibration.codebooks import codebook_by_position, pooled_code
 from vecinfer_jax.calibration.store import load_calibration
 
 
+@pytest.mark.slow
 def test_a_global_codebook_is_the_same_in_every_layer(tmp_path):
     method = VecInfer(bits=2, scope="global", residual=4, transform="smooth-hadamard")
     calibration = small.calibration_of(method)

@@ -20,6 +20,7 @@ METHODS = [
     vj.VecInfer(bits=2, residual=8, sink=2),
     vj.VecInfer(bits=4, residual=0, transform="smooth-hadamard"),
 ]
+SOME = [*METHODS[:2], pytest.param(METHODS[2], marks=pytest.mark.slow)]
 
 
 def generate(prompts, method=METHODS[0], **options):
@@ -27,7 +28,7 @@ def generate(prompts, method=METHODS[0], **options):
     return vj.generate(small.model(), prompts, method=method, calibration=calibration, **options)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'residual', '')}")
+@pytest.mark.parametrize("method", SOME, ids=lambda m: f"{m.name}-{getattr(m, 'residual', '')}")
 def test_a_ragged_batch_gives_what_each_prompt_gives_alone(method):
     prompts = small.prompts([3, 17, 40, 1])
     together = generate(prompts, method, max_new_tokens=20)
@@ -88,7 +89,7 @@ def test_stop_texts_are_left_out_and_end_the_sequence():
     assert len(out.tokens[0]) == at + 3
 
 
-@pytest.mark.parametrize("chunk", [1, 3, 8])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 3, 8])
 def test_streamed_pieces_add_up_to_the_text(chunk, smollm2):
     prompt = "Once upon a time"
     whole = vj.generate(smollm2, [prompt], max_new_tokens=12).texts[0]
@@ -111,7 +112,7 @@ def test_unknown_stream_options_are_refused():
         list(vj.stream(small.model(), [1, 2], colour="red"))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=lambda m: f"{m.name}-{getattr(m, 'residual', '')}")
+@pytest.mark.parametrize("method", SOME, ids=lambda m: f"{m.name}-{getattr(m, 'residual', '')}")
 def test_a_prompt_in_chunks_gives_full_precision_tokens_or_near_ones(method):
     prompts = small.prompts([70, 33])
     whole = generate(prompts, method, max_new_tokens=8)
@@ -254,7 +255,9 @@ def test_finite_temperatures_only():
         vj.Sampling(temperature=float("inf"))
 
 
-@pytest.mark.parametrize("name", sorted(ALL))
+@pytest.mark.parametrize(
+    "name", [n if n == "vecinfer" else pytest.param(n, marks=pytest.mark.slow) for n in sorted(ALL)]
+)
 def test_a_ragged_batch_in_bfloat16(name):
     lm = small.model()
     half = dataclasses.replace(

@@ -120,6 +120,7 @@ def test_the_input_is_never_the_output(source):
     assert source.read_bytes() == before
 
 
+@pytest.mark.slow
 def test_answers_with_another_calibration_are_not_mixed_in(source, tmp_path):
     from vecinfer_jax.calibration.collect import calibrate
 

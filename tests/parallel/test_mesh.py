@@ -170,6 +170,7 @@ def test_activations_are_those_of_one_device():
     on_eight_devices("activations_are_those_of_one_device", "2x2x2", "1x1x8", "8x1x1", "4x1x2")
 
 
+@pytest.mark.slow
 def test_perplexity_is_that_of_one_device():
     on_eight_devices("perplexity_is_that_of_one_device", "kivi:bits=2,group=8,residual=16", "2x2x2")
 
