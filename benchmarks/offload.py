@@ -26,13 +26,12 @@ from flax import struct
 from jaxtyping import Array, Float
 
 import vecinfer_jax as vj
-from vecinfer_jax.bench import SHAPES, StepBench, random_calibration
+from vecinfer_jax.bench import SHAPES, StepBench
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.full_precision import FullPrecision, FullPrecisionCache
 from vecinfer_jax.caches.host_tier import SparseLayer, on_device, on_host, write_slots
-from vecinfer_jax.generation.engine import CAPACITY_STEP, Engine, round_up
+from vecinfer_jax.generation.engine import CAPACITY_STEP, round_up
 from vecinfer_jax.generation.sampling import Sampling
-from vecinfer_jax.models.decoder import Decoder
 from vecinfer_jax.rope import apply_rope
 
 SHAPE = "llama-3.1-8b"
@@ -47,6 +46,10 @@ class OffloadedCache(FullPrecisionCache):
 
     keys: Float[Array, "B S Hkv D"] = array_field("host")
     values: Float[Array, "B S Hkv D"] = array_field("host")
+
+    def copied(self) -> FullPrecisionCache:
+        """The same on the device."""
+        return FullPrecisionCache(on_device(self.keys), on_device(self.values), self.lengths)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,8 +72,7 @@ class Offload(FullPrecision):
         chunk: Chunk,
         cache: OffloadedCache,
     ) -> tuple[Float[Array, "B T Hq D"], OffloadedCache]:
-        held = FullPrecisionCache(on_device(cache.keys), on_device(cache.values), cache.lengths)
-        out, held = super().prefill(q, k, v, chunk, held)
+        out, held = super().prefill(q, k, v, chunk, cache.copied())
         return out, OffloadedCache(on_host(held.keys), on_host(held.values), held.lengths)
 
     def decode(
@@ -81,8 +83,7 @@ class Offload(FullPrecision):
         chunk: Chunk,
         cache: OffloadedCache,
     ) -> tuple[Float[Array, "B Hq D"], OffloadedCache]:
-        held = FullPrecisionCache(on_device(cache.keys), on_device(cache.values), cache.lengths)
-        out, _ = super().decode(q, k, v, chunk, held)
+        out, _ = super().decode(q, k, v, chunk, cache.copied())
         k = apply_rope(k, chunk.cos[:, 0], chunk.sin[:, 0])
         at, one = chunk.positions[:, 0], jnp.ones((q.shape[0],), jnp.int32)
         keys, values = (
@@ -138,8 +139,7 @@ def fetched_bytes(method: CacheMethod, tokens: int) -> int:
 def read_prompt(bench: StepBench, method: CacheMethod, tokens: int) -> dict[str, Any]:
     """Seconds of a prompt read in chunks and of the tokens after it, compilation apart, and the device's peak."""
     capacity = round_up(tokens + DECODED, CAPACITY_STEP)
-    engine = Engine(Decoder(bench.config, method, bench.dtype))
-    calibration = [random_calibration(bench.config, method, i, bench.dtype) for i in range(bench.config.num_layers)]
+    engine, calibration = bench.engine(method, 1, capacity)
     prompt = np.random.default_rng(0).integers(0, bench.config.vocab_size, (1, tokens)).astype(np.int32)
     lengths, settings, stops = np.asarray([tokens], np.int32), Sampling().settings(), np.zeros(0, np.int32)
     seconds: list[tuple[float, float]] = []

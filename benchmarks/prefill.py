@@ -27,21 +27,15 @@ REPEATS = 5
 
 def measure(name: str, lengths: list[int]) -> dict[str, Any]:
     import jax
-    import jax.numpy as jnp
     import numpy as np
 
     from vecinfer_jax import specs
-    from vecinfer_jax.bench import SHAPES, random_calibration, random_params
+    from vecinfer_jax.bench import SHAPES, StepBench
     from vecinfer_jax.caches import METHODS
-    from vecinfer_jax.generation.engine import Engine
-    from vecinfer_jax.models.decoder import Decoder
 
-    config = SHAPES["llama-3.1-8b"]
-    method = specs.parse(name, METHODS, "method")
-    engine = Engine(Decoder(config, method, jnp.bfloat16))
-    params = random_params(config, jnp.bfloat16)
-    calibration = [random_calibration(config, method, i, jnp.bfloat16) for i in range(config.num_layers)]
-    batch, longest = len(lengths), max(lengths)
+    bench = StepBench(SHAPES["llama-3.1-8b"])
+    config, params, batch, longest = bench.config, bench.params, len(lengths), max(lengths)
+    engine, calibration = bench.engine(specs.parse(name, METHODS, "method"), batch, longest + 128)
     tokens = np.random.default_rng(0).integers(0, config.vocab_size, (batch, longest)).astype(np.int32)
 
     def run() -> float:

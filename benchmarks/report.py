@@ -102,15 +102,10 @@ def quality() -> str:
         if row["method"]["name"] == "full"
         or ((row["method"]["name"], row["method"]["bits"]) in shown and row["method"].get("key") is None)
     ]
-    ours = rows_of(SMOLLM2, "perplexity", of_metric, length=1024, path=WIKITEXT, prefill="coded")
+    ours = rows_of(
+        SMOLLM2, "perplexity", is_plain, length=1024, path=WIKITEXT, prefill="coded", transform="metric", sink=1
+    )
     return task_table([row for row in rows if row["method"].get("group", 32) == 32] + ours)
-
-
-def of_metric(row: dict[str, Any]) -> bool:
-    """Whether a row is of the default VecInfer with default codebooks."""
-    method = row["method"]
-    ours = method["name"] == "vecinfer" and (method["transform"], method["sink"]) == ("metric", 1)
-    return bool(ours and plain(method))
 
 
 def perplexities(model: str) -> Callable[[], str]:
@@ -202,11 +197,8 @@ def metric() -> str:
     """Transforms of the keys with one exact token, calibrated on passages as long as the windows."""
     transforms = ("metric", "rotation", "mean-smooth-hadamard", "smooth-hadamard")
 
-    def bare(row: dict[str, Any]) -> bool:
-        return row["method"].get("key") is None and not beside(row["method"])
-
     shown = {"length": 1024, "path": WIKITEXT, "sink": 1}
-    rows = [row for t in transforms for row in rows_of(SMOLLM2, "perplexity", bare, transform=t, **shown)]
+    rows = [row for t in transforms for row in rows_of(SMOLLM2, "perplexity", is_plain, transform=t, **shown)]
     lines: dict[tuple[Any, ...], list[float]] = {}
     for row in sorted(rows, key=lambda row: (-row["result"]["bits_per_element"], row["result"]["perplexity"])):
         method = row["method"]
@@ -301,12 +293,13 @@ def compared(row: dict[str, Any]) -> bool:
     method = row["method"]
     if method["name"] == "vecinfer":
         both = method["transform"] in ("metric", "smooth-hadamard")
-        return bool(both and method["sink"] == 1 and method["bits"] == 2 and row["seed"] == 0 and plain(method))
+        return bool(both and method["sink"] == 1 and method["bits"] == 2 and row["seed"] == 0 and is_plain(row))
     return method["name"] == "full" or (method["name"] == "kivi" and (method["bits"], method["group"]) == (2, 32))
 
 
-def plain(method: dict[str, Any]) -> bool:
+def is_plain(row: dict[str, Any]) -> bool:
     """Whether a VecInfer has the usual formats and nothing of `BARE` on."""
+    method = row["method"]
     return method.get("key") is None and method["scope"] == "layer_head" and not beside(method)
 
 

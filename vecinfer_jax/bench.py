@@ -133,15 +133,19 @@ class StepBench:
         sharding = None if layout is None else weight_sharding(layout, config)
         self.params = random_params(config, dtype, sharding) if params is None else params
 
+    def engine(self, method: CacheMethod, batch: int, capacity: int) -> tuple[Engine, list[dict[str, np.ndarray]]]:
+        """A method's programs for caches of that size, and a calibration from random keys and values."""
+        axes = NO_AXES if self.layout is None else self.layout.axes(batch, capacity)
+        calibration = [random_calibration(self.config, method, i, self.dtype) for i in range(self.config.num_layers)]
+        return Engine(Decoder(self.config, method, self.dtype, axes), self.layout), calibration
+
     def prepare(self, method: CacheMethod, batch: int, tokens: int, room: int) -> tuple[Engine, DecodeState]:
         """Filled caches with space for `room` more tokens. Raises `CapacityError` where they do not fit."""
         for name, value in (("batch", batch), ("tokens", tokens)):
             if value < 1:
                 raise InputError(f"{name}={value} must be 1 or more")
         capacity = round_up(tokens + room, CAPACITY_STEP)
-        axes = NO_AXES if self.layout is None else self.layout.axes(batch, capacity)
-        engine = Engine(Decoder(self.config, method, self.dtype, axes), self.layout)
-        calibration = [random_calibration(self.config, method, i, self.dtype) for i in range(self.config.num_layers)]
+        engine, calibration = self.engine(method, batch, capacity)
         caches = engine.init_caches(calibration, batch, capacity)
         state = DecodeState(
             caches=filled(caches, tokens),

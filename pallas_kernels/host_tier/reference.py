@@ -34,10 +34,21 @@ def select_tokens(
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
     """The meaning of `pallas_kernels.select_tokens`; here the best come first."""
-    batch, kv_heads = fetched.shape[:2]
+    return best_rows(token_scores(q, fetched, channels), count, tokens)
+
+
+def token_scores(
+    q: Float[Array, "B Hq D"], fetched: Float[Array, "B Hkv c S"], channels: Int32[Array, "B Hkv c"]
+) -> Float32[Array, "B Hkv S"]:
+    """Those by which tokens are selected."""
+    return product("bhc,bhcs->bhs", critical_elements(q, channels), fetched.astype(jnp.float32))
+
+
+def critical_elements(q: Float[Array, "B Hq D"], channels: Int32[Array, "B Hkv c"]) -> Float32[Array, "B Hkv c"]:
+    """These channels of the mean over the query heads of each KV head."""
+    batch, kv_heads = channels.shape[:2]
     mean = jnp.mean(q.astype(jnp.float32).reshape(batch, kv_heads, -1, q.shape[-1]), axis=2)
-    critical = jnp.take_along_axis(mean, channels, axis=-1)
-    return best_rows(product("bhc,bhcs->bhs", critical, fetched.astype(jnp.float32)), count, tokens)
+    return jnp.take_along_axis(mean, channels, axis=-1)
 
 
 def attend_rows(

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Float32, Int32, Shaped
 
 from pallas_kernels import split_k
 from pallas_kernels.exact import ExactTokens
+from pallas_kernels.host_tier.reference import critical_elements
 from pallas_kernels.vq_decode_attention.triton import dot, store
 
 _LOG2_E = float(np.log2(np.e))
@@ -95,8 +96,7 @@ def select_tokens(
     batch, kv_heads, _, size = fetched.shape
     rows = batch * kv_heads
     run, runs = _runs(size, tokens)
-    mean = jnp.mean(q.astype(jnp.float32).reshape(batch, kv_heads, -1, q.shape[-1]), axis=2)
-    critical = jnp.take_along_axis(mean, channels, axis=-1).reshape(rows, -1)
+    critical = critical_elements(q, channels).reshape(rows, -1)
     scores, best = pl.pallas_call(
         functools.partial(_score, kv_heads=kv_heads, run=run),
         grid=(rows, pl.cdiv(size, _SCORED)),

@@ -188,7 +188,10 @@ def test_the_selection_is_that_of_one_device(method):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["vecinfer:bits=2", "vecinfer:bits=2,transform=metric,refine=kl,rotate_values=true"])
+@pytest.mark.parametrize(
+    "method",
+    ["vecinfer:bits=2,transform=smooth-hadamard", "vecinfer:bits=2,transform=metric,refine=kl,rotate_values=true"],
+)
 def test_calibrations_of_a_mesh_serve_as_well(method):
     on_eight_devices("calibrations_of_a_mesh_serve_as_well", method + ",residual=8", "2x2x2")
 

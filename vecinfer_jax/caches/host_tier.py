@@ -26,8 +26,8 @@ from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from pallas_kernels import attend_rows, dispatch, fetch_channels, select_tokens
-from pallas_kernels.exact import product, rounded
-from pallas_kernels.host_tier.reference import attend_fetched, best_rows
+from pallas_kernels.exact import rounded
+from pallas_kernels.host_tier.reference import attend_fetched, best_rows, token_scores
 from pallas_kernels.vq_decode_attention.reference import dequantise
 from vecinfer_jax.caches.attention import (
     MASKED,
@@ -283,7 +283,8 @@ class SparseLayer(WindowedMethod):
             mine, fetched, channels, self.held(cache, layer), tokens=self.tokens, **self._how("select_tokens")
         )
         if dealt.axis is not None:
-            rows = dealt.best(rows, _scores_of(mine, fetched, channels, rows, layer), self.tokens)
+            found = jnp.take_along_axis(fetched, jnp.maximum(rows, 0)[:, :, None], axis=3)
+            rows = dealt.best(rows, token_scores(mine, found, channels), self.tokens)
         return rounded(*self.attend_chosen(q, rows, cache, layer), dtype)
 
     def fetched(
@@ -546,19 +547,6 @@ def _predicting(cache: WindowedCache, predicted: jax.Array | None) -> WindowedCa
 def _group_mean(q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:
     """Mean over the query heads of each KV head."""
     return jnp.mean(q.astype(jnp.float32).reshape(*q.shape[:-2], layer.num_kv_heads, -1, q.shape[-1]), axis=-2)
-
-
-def _scores_of(
-    q: Float[Array, "B Hq D"],
-    fetched: Float[Array, "B Hkv c S"],
-    channels: Int[Array, "B Hkv c"],
-    rows: Int[Array, "B Hkv k"],
-    layer: LayerShape,
-) -> Float32[Array, "B Hkv k"]:
-    """Those by which `select_tokens` chose these rows."""
-    critical = jnp.take_along_axis(_group_mean(q, layer), channels, axis=-1)
-    found = jnp.take_along_axis(fetched, jnp.maximum(rows, 0)[:, :, None], axis=3)
-    return product("bhc,bhck->bhk", critical, found.astype(jnp.float32))
 
 
 def _marked(index: Int[Array, "*rows n"], size: int) -> Bool[Array, "*rows size"]:

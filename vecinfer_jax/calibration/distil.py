@@ -22,7 +22,6 @@ from vecinfer_jax.calibration.fisher import gradient_by_rows
 from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
 from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
 from vecinfer_jax.models.layerwise import head_of, unembed
-from vecinfer_jax.parallel.shardings import weight_specs
 from vecinfer_jax.parallel.share import Share
 from vecinfer_jax.rope import apply_rope
 
@@ -128,7 +127,7 @@ def _layer_output(
     """On one device, or of a device's share."""
     axes = NO_AXES if share is None else share.axes
     if share is not None:
-        config, params = share.of_device, share.biases_once(params)
+        config = share.of_device
     lengths = jnp.full((x.shape[0],), x.shape[1], jnp.int32)
     chunk = Chunk(positions, lengths, cos, sin, layer=layer_shape(config, 0, dtype, axes))
     out: Any = DecoderLayer(config, dtype).apply({"params": params}, x, chunk, arrays, Differentiable(sink), False)
@@ -145,7 +144,7 @@ def _forward(
         return _layer_output(config, dtype, share, sink, params, x, arrays, *places)
 
     if share is not None:
-        run = _mapped(run, share, params, arrays, len(places), PartitionSpec())
+        return _mapped(run, share, PartitionSpec(), params, x, arrays, *places)
     return run(params, x, arrays, *places)
 
 
@@ -167,7 +166,7 @@ def _backward(
 
     Over a mesh, inside the mapped function: XLA (of JAX 0.11) crashes where some of what a gradient keeps leaves it.
     """
-    sizes = {name: len(array) for name, array in arrays.items()}
+    split = {} if share is None else _by_head(share, arrays)
 
     def run(params: Any, x: Array, arrays: Arrays, *places: Array) -> tuple[Array, Arrays]:
         def output(x: Array, arrays: Arrays) -> Array:
@@ -178,30 +177,33 @@ def _backward(
             return back(places[3])
         # Every device has the output, and an input of its own: what it changes there is its part of the gradient.
         of_input, of_arrays = back(places[3] / share.layout.size("model"))
-        axis, split = share.axes.model, _by_head(share, sizes)
+        axis = share.axes.model
         return total(of_input, axis), {
             name: array if split[name] != PartitionSpec() else total(array, axis) for name, array in of_arrays.items()
         }
 
     if share is not None:
-        run = _mapped(run, share, params, arrays, 4, (PartitionSpec(), _by_head(share, sizes)))
+        out = PartitionSpec(), split
+        return _mapped(run, share, out, params, x, arrays, positions, cos, sin, gradient)
     return run(params, x, arrays, positions, cos, sin, gradient)
 
 
 def _mapped(
-    run: Callable[..., Any], share: Share, params: Any, arrays: Arrays, others: int, out: Any
-) -> Callable[..., Any]:
+    run: Callable[..., Any], share: Share, out: Any, params: Any, x: Array, arrays: Arrays, *others: Array
+) -> Any:
     """run(params, x, arrays, *others) on every device's share of weights and of what arrays have a part of a head."""
-    whole, sizes = PartitionSpec(), {name: len(array) for name, array in arrays.items()}
-    of_params = weight_specs(params, share.config, share.layout)
-    specs = (of_params, whole, _by_head(share, sizes), *[whole] * others)
-    return jax.shard_map(run, mesh=share.layout.mesh, in_specs=specs, out_specs=out, check_vma=False)
+
+    def without_caches(params: Any, _: Any, *inputs: Any) -> tuple[Any, Any]:
+        return run(params, *inputs), ()
+
+    specs = PartitionSpec(), _by_head(share, arrays), *[PartitionSpec()] * len(others)
+    return share.mapped(without_caches, params, (), (x, arrays, *others), specs, out)[0]
 
 
-def _by_head(share: Share, sizes: Mapping[str, int]) -> dict[str, PartitionSpec]:
+def _by_head(share: Share, arrays: Arrays) -> dict[str, PartitionSpec]:
     """Specs of a layer's arrays by their first axes: KV heads, or one for all of them."""
-    heads = share.config.num_kv_heads
-    return {name: PartitionSpec(share.axes.model) if size == heads else PartitionSpec() for name, size in sizes.items()}
+    of_head, heads = PartitionSpec(share.axes.model), share.config.num_kv_heads
+    return {name: of_head if len(array) == heads else PartitionSpec() for name, array in arrays.items()}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

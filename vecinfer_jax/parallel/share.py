@@ -99,8 +99,8 @@ class Share:
         params: Any,
         caches: Any,
         inputs: Sequence[Any],
-        specs: Sequence[PartitionSpec],
-        out: PartitionSpec,
+        specs: Sequence[Any],
+        out: Any,
     ) -> tuple[Any, Any]:
         """run(params, caches, *inputs) -> (outputs, caches) on every device's share; `specs` of the inputs, `out` of
         the outputs."""
