@@ -214,9 +214,8 @@ def metric() -> str:
 def kvquant() -> str:
     """KVQuant's widths and ablations without a window, calibrated on passages as long as the windows."""
     rows = rows_of(SMOLLM2, "perplexity", length=1024, path=WIKITEXT, name="kvquant", mixed=True)
-    of_method = {json.dumps(row["method"], sort_keys=True): row for row in rows}  # the last device's
     cells = []
-    for row in sorted(of_method.values(), key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
+    for row in sorted(rows, key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
         method, result = row["method"], row["result"]
         hidden = {"residual": 0, "sink": 1}
         label = method_label({key: value for key, value in method.items() if hidden.get(key) != value})
