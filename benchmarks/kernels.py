@@ -29,16 +29,20 @@ from jax import lax
 from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import (
+    attend_rows,
     decode_attention,
+    fetch_channels,
     group_int_decode_attention,
     hadamard,
     nuq,
     nuq_decode_attention,
     packing,
+    select_tokens,
     vq_decode_attention,
     vq_encode,
 )
 from pallas_kernels.group_int import Layout
+from pallas_kernels.host_tier import reference as host_tier
 from vecinfer_jax.caches.kvquant import outlier_slots
 
 HEADS, DIM = 8, 128  # KV heads and head dimension of the encode rows (Llama-3.1-8B)
@@ -478,6 +482,67 @@ def time_group_int() -> Iterator[dict]:
             yield row(name, us, moved, peer="cuDNN bfloat16", peer_us=peer, **more)
 
 
+def time_host_tier() -> Iterator[dict]:
+    """A cache in pinned host memory: each row beside one copy of as many bytes to the device, or beside `lax.top_k`."""
+    (query_heads, heads, dim), size = EIGHT_B, 131072
+    keys = jax.random.split(jax.random.key(0), 3)
+    q = jax.random.normal(keys[0], (1, query_heads, dim), jnp.bfloat16)
+    on_host = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Host))
+    to_device = jax.jit(lambda x: jax.device_put(x, jax.memory.Space.Device))
+    k, v = (jax.random.normal(key, (1, heads, size, dim), jnp.bfloat16) for key in keys[1:])
+    by_channel, k, v = on_host(k.swapaxes(2, 3)), on_host(k), on_host(v)
+
+    def copy(count: int) -> float:
+        held = on_host(jnp.zeros((count,), jnp.uint8))
+        jax.block_until_ready(to_device(held))
+        times = []
+        for _ in range(9):
+            start = time.perf_counter()
+            jax.block_until_ready(to_device(held))
+            times.append((time.perf_counter() - start) * 1e6)
+        return statistics.median(times)
+
+    for channels, tokens in ((8, 128), (12, 896)):
+        where = f"{size} tokens {query_heads}/{heads} heads D{dim} bfloat16"
+        some = jnp.stack([jax.random.permutation(jax.random.key(h), dim)[:channels] for h in range(heads)])[None]
+        some = some.astype(jnp.int32)
+        count = jnp.full((1,), size, jnp.int32)
+        fetched = jax.jit(fetch_channels)(by_channel, some)
+        want = jnp.take_along_axis(to_device(by_channel), some[..., None], axis=2)
+        name = f"fetch_channels {channels} of {where}"
+        check(name, jnp.max(jnp.abs(fetched - want)), 0)
+        us = device_microseconds(fetch_channels, by_channel, some)
+        peer = {"peer": "one copy of the bytes", "peer_us": copy(fetched.nbytes)}
+        yield row(name, us, fetched.nbytes, **peer)
+
+        name = f"select_tokens {tokens} by {channels} channels of {where}"
+        select = functools.partial(select_tokens, tokens=tokens)
+        scores = jax.jit(host_tier.token_scores)(q, fetched, some)
+        rows, best = jax.jit(select)(q, fetched, some, count), lax.top_k(scores, tokens)[0]
+        got = jnp.sort(jnp.take_along_axis(scores, rows, axis=2), axis=2, descending=True)
+        check(name, jnp.max(jnp.abs(got - best)), 1e-4)
+        us = device_microseconds(select, q, fetched, some, count)
+        peer_us = device_microseconds(lambda x, tokens=tokens: lax.top_k(x, tokens), scores)
+        approximate = device_microseconds(lambda x, tokens=tokens: lax.approx_max_k(x, tokens), scores)
+        more = {"peer": "lax.top_k of the scores", "peer_us": peer_us, "approx_max_k_us": round(approximate, 2)}
+        yield row(name, us, fetched.nbytes, **more)
+
+        name = f"attend_rows {tokens} of {where}"
+        attend = functools.partial(attend_rows, scale=dim**-0.5)
+        chosen = [jnp.take_along_axis(to_device(x), rows[..., None], axis=2) for x in (k, v)]
+        logits = dim**-0.5 * exact(
+            "hgd,hsd->hgs", q.reshape(heads, -1, dim).astype(jnp.float32), chosen[0][0].astype(jnp.float32)
+        )
+        want = exact("hgs,hsd->hgd", jax.nn.softmax(logits), chosen[1][0].astype(jnp.float32)).reshape(
+            1, query_heads, dim
+        )
+        error = jnp.linalg.norm(jax.jit(attend)(q, k, v, rows)[0] - want) / jnp.linalg.norm(want)
+        us = device_microseconds(lambda *arrays, attend=attend: attend(*arrays)[0], q, k, v, rows)
+        moved = sum(x.nbytes for x in chosen)
+        more = {"peer": "one copy of the bytes", "peer_us": copy(moved)}
+        yield row(name, us, moved, **more, relative_error=check(name, error, 3e-3))
+
+
 def ours(q, *arrays, which=None, query_map=None):
     return vq_decode_attention(q, *arrays, scale=q.shape[-1] ** -0.5, implementation=which, query_map=query_map)[0]
 
@@ -548,6 +613,7 @@ PARTS = {
     "decode": time_decode,
     "nuq": time_nuq,
     "group_int": time_group_int,
+    "host_tier": time_host_tier,
     "encode": time_encode,
 }
 
@@ -561,25 +627,31 @@ def main() -> None:
         raise SystemExit(f"this benchmark needs a GPU; JAX runs on {jax.default_backend()} here")
     held = json.loads(arguments.output.read_text())["rows"] if arguments.only and arguments.output.exists() else []
     done: list[dict] = []
+
+    def write(old: list[dict]) -> None:
+        result = {
+            "device": jax.devices()[0].device_kind,
+            "jax": jax.__version__,
+            "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+            "rows": old + done,
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+
     for part in [arguments.only] if arguments.only else PARTS:
         for line in PARTS[part]():
             print(json.dumps(line), flush=True)
             done.append(line)
-            kept = [old for old in held if part_of(old) != arguments.only]
-            result = {
-                "device": jax.devices()[0].device_kind,
-                "jax": jax.__version__,
-                "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-                "rows": kept + done,
-            }
-            arguments.output.parent.mkdir(parents=True, exist_ok=True)
-            arguments.output.write_text(json.dumps(result, indent=1) + "\n")
+            measured = {row["name"] for row in done}
+            write([old for old in held if old["name"] not in measured])  # nothing is lost if it is stopped here
+    write([old for old in held if part_of(old) != arguments.only])
 
 
 def part_of(line: dict) -> str:
     """Which part a row is of."""
     parts = {"hadamard": "hadamard", "vq_encode": "encode", "nuq_decode_attention": "nuq"}
     parts["group_int_decode_attention"] = "group_int"
+    parts |= dict.fromkeys(("fetch_channels", "select_tokens", "attend_rows"), "host_tier")
     return parts.get(line["name"].split()[0], "decode")
 
 

@@ -92,11 +92,18 @@ def test_the_named_architectures_have_their_published_sizes():
 
 
 def test_a_profile_counts_events_a_step_and_what_lies_between_them():
-    events = [("gemm_1", 0, 40), ("gemm_2", 50, 40), ("copy", 60, 40), ("gemm_1", 200, 40), ("gemm_2", 250, 50)]
-    profile = step_profile([(name, 1e3 * start, 1e3 * length) for name, start, length in events], 2)
+    events = [
+        ("gemm_1", 0, 40, "main"),
+        ("gemm_2", 50, 40, "main"),
+        ("copy", 60, 40, "copies"),
+        ("gemm_1", 200, 40, "main"),
+        ("gemm_2", 230, 70, "main"),  # started while the one before was still running
+    ]
+    profile = step_profile([(name, 1e3 * start, 1e3 * time, stream) for name, start, time, stream in events], 2)
     assert profile.us_per_step == 150
-    assert profile.idle_us == (10 + 100 + 10) / 2
-    assert profile.events == {"gemm": {"count": 2, "us": 85}, "copy": {"count": 0.5, "us": 20}}
+    assert profile.idle_us == (10 + 100) / 2
+    assert profile.overlapped_us == 30 / 2
+    assert profile.events == {"gemm": {"count": 2, "us": 95}, "copy": {"count": 0.5, "us": 20}}
 
 
 @pytest.mark.gpu

@@ -6,6 +6,7 @@ time of a step does not depend on what is cached, so weights and codebooks may b
 
 import dataclasses
 import functools
+import itertools
 import re
 import statistics
 import tempfile
@@ -34,6 +35,7 @@ from vecinfer_jax.rope import Rope
 
 # Steps of the two runs whose difference is timed.
 FEW, MANY = 4, 36
+REPEATS = 5
 # What random words of outliers keep: places below 4,096, which every tile of heads of 64 elements or more has, and
 # differences of either sign below 1.
 OUTLIER_BITS = 0xBBFF0FFF
@@ -112,13 +114,15 @@ class StepTime:
 class StepProfile:
     """Where the time of one step goes on an NVIDIA GPU.
 
-    us_per_step: from the first event's start to the last one's end; idle_us: of that, with nothing running.
+    us_per_step: from the first event's start to the last one's end; idle_us: of that, with nothing running;
+        overlapped_us: with something running on two streams or more.
     events:      kernels and copies by name: how often in a step, and microseconds together. Kernels that start while
         the one before still runs count the wait.
     """
 
     us_per_step: float
     idle_us: float
+    overlapped_us: float
     events: dict[str, dict[str, float]]
 
 
@@ -159,7 +163,7 @@ class StepBench:
         )
         return engine, engine.settle(state)
 
-    def step(self, method: CacheMethod, batch: int, tokens: int, *, repeats: int = 5) -> StepTime:
+    def step(self, method: CacheMethod, batch: int, tokens: int, *, repeats: int = REPEATS) -> StepTime:
         """Times a method. Raises `CapacityError` where weights, caches and the step do not fit the device."""
         if repeats < 1:
             raise InputError(f"repeats={repeats} must be 1 or more")
@@ -173,7 +177,7 @@ class StepBench:
             ) from None
 
     def _step(self, method: CacheMethod, batch: int, tokens: int, repeats: int) -> StepTime:
-        engine, state = self.prepare(method, batch, tokens, MANY * (repeats + 1) * 2)
+        engine, state = self.prepare(method, batch, tokens, room(repeats))
         held = allocated_bytes(state.caches)
         settings, stops = Sampling().settings(), jnp.zeros((0,), jnp.int32)
 
@@ -212,7 +216,7 @@ class StepBench:
         """What the device does in one step of the decoding loop, as XLA's profiler saw it; an average over `steps`."""
         if steps < 1:
             raise InputError(f"steps={steps} must be 1 or more")
-        engine, state = self.prepare(method, batch, tokens, FEW + steps)
+        engine, state = self.prepare(method, batch, tokens, room(REPEATS))  # the program that is timed
         settings, stops = Sampling().settings(), jnp.zeros((0,), jnp.int32)
         state = jax.block_until_ready(engine.decode(self.params, state, FEW, settings, stops))
         state = dataclasses.replace(state, step=jnp.int32(1))
@@ -222,7 +226,7 @@ class StepBench:
             files = list(Path(folder).rglob("*.xplane.pb"))
             planes = [plane for file in files for plane in jax.profiler.ProfileData.from_file(str(file)).planes]
         events = [
-            (event.name, event.start_ns, event.duration_ns)
+            (event.name, event.start_ns, event.duration_ns, line.name)
             for plane in planes
             if plane.name.startswith("/device:GPU")
             for line in plane.lines
@@ -232,8 +236,13 @@ class StepBench:
         return step_profile(events, steps)
 
 
-def step_profile(events: Iterable[tuple[str, float, float]], steps: int) -> StepProfile:
-    """Sums up (name, start, duration) of a device's events, in nanoseconds, over a number of steps.
+def room(repeats: int) -> int:
+    """Tokens that so many repeats add to a cache, and some."""
+    return MANY * (repeats + 1) * 2
+
+
+def step_profile(events: Iterable[tuple[str, float, float, str]], steps: int) -> StepProfile:
+    """Sums up (name, start, duration, stream) of a device's events, in nanoseconds, over a number of steps.
 
     Raises `InputError` where there are none: the device, or its profiler, gives no timeline.
     """
@@ -241,20 +250,50 @@ def step_profile(events: Iterable[tuple[str, float, float]], steps: int) -> Step
     if not by_start:
         raise InputError("the profiler saw nothing: steps are profiled on NVIDIA GPUs only")
     found: dict[str, list[float]] = {}
-    busy, end = 0.0, 0.0
-    for name, start, duration in by_start:
+    streams: dict[str, list[tuple[float, float]]] = {}
+    for name, start, duration, stream in by_start:
         found.setdefault(re.sub(r"[_.]\d+$", "", name)[:80], []).append(duration)
-        busy += max(0.0, start + duration - max(start, end))
-        end = max(end, start + duration)
-    span = end - by_start[0][1]
+        streams.setdefault(stream, []).append((start, start + duration))
+    spans = {stream: merged(periods) for stream, periods in streams.items()}
+    together = merged(sorted(itertools.chain(*spans.values())))
+    busy = length(together)
+    begin, end = together[0][0], together[-1][1]
     by_time = sorted(found.items(), key=lambda item: -sum(item[1]))
     return StepProfile(
-        us_per_step=round(span / steps / 1e3, 2),
-        idle_us=round((span - busy) / steps / 1e3, 2),
+        us_per_step=round((end - begin) / steps / 1e3, 2),
+        idle_us=round((end - begin - busy) / steps / 1e3, 2),
+        overlapped_us=round(overlapped(spans.values()) / steps / 1e3, 2),
         events={
             name: {"count": round(len(ns) / steps, 2), "us": round(sum(ns) / steps / 1e3, 2)} for name, ns in by_time
         },
     )
+
+
+def merged(periods: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Periods (start, end) in order of their starts, those that touch made one."""
+    out: list[tuple[float, float]] = []
+    for start, end in periods:
+        if out and start <= out[-1][1]:
+            out[-1] = out[-1][0], max(out[-1][1], end)
+        else:
+            out.append((start, end))
+    return out
+
+
+def length(periods: Iterable[tuple[float, float]]) -> float:
+    return sum(end - start for start, end in periods)
+
+
+def overlapped(streams: Iterable[list[tuple[float, float]]]) -> float:
+    """How long two or more of them are busy at once; periods of one do not touch."""
+    changes = sorted(
+        (at, change) for spans in streams for span in spans for at, change in zip(span, (1, -1), strict=True)
+    )
+    total, running = 0.0, 0
+    for (at, change), (later, _) in itertools.pairwise(changes):
+        running += change
+        total += (later - at) * (running >= 2)
+    return total
 
 
 def random_params(config: ModelConfig, dtype: Any, sharding: ShardingOf | None = None) -> Params:
