@@ -1,18 +1,21 @@
 """Attention and whole steps over several devices, beside one: random weights, batch 1, in 16 bits on a GPU.
 
-    python benchmarks/parallel.py attention [--devices 2] [--tokens 196608 1048576 4194304] [--merges gather ...]
+    python benchmarks/parallel.py attention [--devices 2 4] [--tokens 196608 1048576 4194304] [--merges gather ...]
     python benchmarks/parallel.py step      [--devices 2] [--tokens ...] [--methods vecinfer:bits=2 full]
+    python benchmarks/parallel.py prefill   [--devices 2] [--tokens 32768] [--methods vecinfer:bits=2 full]
     python benchmarks/parallel.py largest   [--devices 2] [--tokens 10000000] [--model llama-2-7b]
 
 `attention` times a layer's append, attention and merge in a loop on the device, each layer's queries being the output
 of the one before, for every collective that can merge, and for none ("alone": what the merge costs is the difference).
-`step` times the whole decoding loop (vecinfer_jax/bench.py). `largest` steps a cache of so many tokens in all layers
-and puts what a device holds beside what `vecinfer plan --gpus` says. Rows that the JSON file holds already and that are
-not run now stay in it.
+`step` times the whole decoding loop (vecinfer_jax/bench.py). `prefill` times a prompt read at once into an empty cache,
+each device its share of it over everyone's keys and values, and what of that is the gathering of those. `largest` steps
+a cache of so many tokens in all layers and puts what a device holds beside what `vecinfer plan --gpus` says. Rows that
+the JSON file holds already and that are not run now stay in it.
 """
 
 import argparse
 import dataclasses
+import itertools
 import json
 import statistics
 import time
@@ -21,15 +24,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import results
 from jax.sharding import PartitionSpec
 
 from vecinfer_jax import specs
-from vecinfer_jax.bench import SHAPES, StepBench, filled, random_calibration
+from vecinfer_jax.bench import SHAPES, StepBench, device_events, filled, random_calibration
 from vecinfer_jax.caches import METHODS
 from vecinfer_jax.caches.base import Chunk
 from vecinfer_jax.caches.stripes import MERGES
 from vecinfer_jax.errors import VecInferError
+from vecinfer_jax.generation.engine import CAPACITY_STEP
 from vecinfer_jax.models import ModelConfig
 from vecinfer_jax.models.decoder import layer_shape
 from vecinfer_jax.models.language_model import resolve_dtype
@@ -110,7 +115,7 @@ def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
     MERGES[ALONE] = lambda output, lse, axis, shards: output
     rows = []
     for tokens in args.tokens or (196608, 1048576, 4194304):
-        for devices, merge in [(1, None), *((args.devices, merge) for merge in args.merges or MERGES)]:
+        for devices, merge in [(1, None), *itertools.product(args.devices, args.merges or MERGES)]:
             layout = Layout(make_mesh(context=devices), merge=merge or "gather", split_from=0)
             us = attention_us(SHAPES[args.model], method, tokens, layout, args.repeats)
             where = {"model": args.model, "tokens": tokens, "devices": devices, "merge": merge}
@@ -121,7 +126,7 @@ def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for shape in ({"context": 1}, {"context": args.devices}, {"model": args.devices}):
+    for shape in ({"context": 1}, *({axis: devices} for devices in args.devices for axis in ("context", "model"))):
         layout = Layout(make_mesh(**shape), merge=(args.merges or ["gather"])[0], split_from=0)
         bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
         for name in args.methods or ("vecinfer:bits=2,transform=smooth-hadamard", "full"):
@@ -132,17 +137,57 @@ def step(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
-    layout = Layout(make_mesh(context=args.devices))
-    bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
+def prefill(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows = []
-    for name in args.methods or ("vecinfer:bits=2,transform=smooth-hadamard",):
-        for tokens in args.tokens or (10_000_000,):
-            memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
-            method = specs.parse(name, METHODS, "method")
-            said = plan(SHAPES[args.model], method, batch=1, tokens=tokens, memory=memory, gpus=args.devices)
-            rows.append(_step(bench, name, tokens, 1) | {"model": args.model, "plan": dataclasses.asdict(said)})
+    for devices in (1, *args.devices):
+        layout = Layout(make_mesh(context=devices), split_from=0)
+        bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
+        for name, tokens in itertools.product(
+            args.methods or ("vecinfer:bits=2,transform=smooth-hadamard", "full"), args.tokens or (32768,)
+        ):
+            row = {"name": name, "tokens": tokens, "mesh": dict(layout.mesh.shape), "model": args.model}
+            rows.append(row | _prefill(bench, specs.parse(name, METHODS, "method"), tokens, args.repeats))
             print(json.dumps(rows[-1]), flush=True)
+        del bench
+    return rows
+
+
+def _prefill(bench: StepBench, method: Any, tokens: int, repeats: int) -> dict[str, Any]:
+    engine, calibration = bench.engine(method, 1, tokens + CAPACITY_STEP)
+    prompt = np.random.default_rng(0).integers(0, bench.config.vocab_size, (1, tokens)).astype(np.int32)
+
+    def read(caches: Any) -> Any:
+        return jax.block_until_ready(engine.prefill(bench.params, caches, prompt, np.asarray([tokens], np.int32)))
+
+    times = []
+    for _ in range(repeats + 1):  # the first compiles
+        caches = jax.block_until_ready(engine.init_caches(calibration, 1, tokens + CAPACITY_STEP))
+        begin = time.perf_counter()
+        logits, caches = read(caches)
+        times.append((time.perf_counter() - begin) * 1e3)
+        assert np.isfinite(engine.fetch(logits)).all()
+        del caches
+    row: dict[str, Any] = {"ms": round(statistics.median(times[1:]), 2)}
+    if jax.default_backend() == "gpu":
+        caches = jax.block_until_ready(engine.init_caches(calibration, 1, tokens + CAPACITY_STEP))
+        events = device_events(lambda: read(caches))
+        row["gather_ms"] = round(sum(ns for name, _, ns, _ in events if "AllGather" in name) / 1e6, 2)
+    return row
+
+
+def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
+    rows = []
+    for devices in args.devices:
+        layout = Layout(make_mesh(context=devices))
+        bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
+        for name in args.methods or ("vecinfer:bits=2,transform=smooth-hadamard",):
+            for tokens in args.tokens or (10_000_000,):
+                memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
+                method = specs.parse(name, METHODS, "method")
+                said = plan(SHAPES[args.model], method, batch=1, tokens=tokens, memory=memory, gpus=devices)
+                rows.append(_step(bench, name, tokens, 1) | {"model": args.model, "plan": dataclasses.asdict(said)})
+                print(json.dumps(rows[-1]), flush=True)
+        del bench
     return rows
 
 
@@ -154,14 +199,14 @@ def _step(bench: StepBench, name: str, tokens: int, repeats: int) -> dict[str, A
         return row | {"error": str(error)}
 
 
-PARTS = {"attention": attention, "step": step, "largest": largest}
+PARTS = {"attention": attention, "step": step, "prefill": prefill, "largest": largest}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--model", choices=SHAPES, default="llama-3.1-8b")
-    parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--devices", type=int, nargs="+", default=[2])
     parser.add_argument("--tokens", type=int, nargs="*")
     parser.add_argument("--methods", nargs="*")
     parser.add_argument("--merges", nargs="*", choices=[*MERGES, ALONE])

@@ -222,11 +222,13 @@ def blockwise_attention(
 
     queries = split(q), split(positions), split(boundary)
     state = (b, num_kv_heads, hq // num_kv_heads, size)
-    # Per query: the largest score so far, the sum of exp(score - largest), and that of those times the values.
+    # Per query: the largest score so far, the sum of exp(score - largest), and that of those times the values. The
+    # largest array's zeros are made of the queries: XLA makes those of constants for all layers of a program at once.
+    zeros = jnp.isnan(queries[0]).astype(jnp.float32).reshape(count, b, size, *state[1:3], d)
     carry = (
         jnp.full((count, *state), MASKED, jnp.float32),
         jnp.zeros((count, *state), jnp.float32),
-        jnp.zeros((count, *state, d), jnp.float32),
+        jnp.moveaxis(zeros, 2, 4),
     )
 
     def fold(tokens: Tokens, sees: Callable[..., jax.Array], carry: tuple) -> tuple:

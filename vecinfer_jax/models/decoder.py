@@ -221,6 +221,8 @@ class Decoder(nn.Module):
             chunk = Chunk(positions, lengths, cos, sin, layer=self.layer_shape(index), first=first, read=read)
             method = self.method.for_layer(index, c.num_layers)
             x, previous, cache = layer(x, chunk, caches[index], method, decode, previous)
+            if not decode:
+                x, cache = _written_first(x, cache)
             new_caches.append(cache)
         if logits == "none":
             return None, tuple(new_caches)
@@ -251,6 +253,20 @@ class Decoder(nn.Module):
     def layer_shape(self, index: int) -> LayerShape:
         """Static geometry of layer `index`."""
         return layer_shape(self.config, index, self.dtype, self.axes)
+
+
+def _written_first(x: jax.Array, cache: LayerCache) -> tuple[jax.Array, LayerCache]:
+    """The same, but what reads x waits until the cache is written.
+
+    A compiler may leave the writing of all layers to the program's end, and their keys and values then wait for it on
+    the device all at once.
+    """
+    leaves, tree = jax.tree.flatten(cache)
+    here = [i for i, leaf in enumerate(leaves) if jax.typeof(leaf).memory_space != jax.memory.Space.Host]
+    x, *written = jax.lax.optimization_barrier((x, *(leaves[i] for i in here)))
+    for i, leaf in zip(here, written, strict=True):
+        leaves[i] = leaf
+    return x, jax.tree.unflatten(tree, leaves)
 
 
 def layer_shape(config: ModelConfig, index: int, dtype: Any, axes: MeshAxes = NO_AXES) -> LayerShape:
