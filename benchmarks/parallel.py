@@ -19,6 +19,7 @@ import itertools
 import json
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -108,37 +109,30 @@ def attention_us(config: ModelConfig, method: Any, tokens: int, layout: Layout, 
     return round(statistics.median(times), 2)
 
 
-def attention(args: argparse.Namespace) -> list[dict[str, Any]]:
+def attention(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     method = specs.parse(
         args.methods[0] if args.methods else "vecinfer:bits=2,transform=smooth-hadamard", METHODS, "method"
     )
     MERGES[ALONE] = lambda output, lse, axis, shards: output
-    rows = []
     for tokens in args.tokens or (196608, 1048576, 4194304):
         for devices, merge in [(1, None), *itertools.product(args.devices, args.merges or MERGES)]:
             layout = Layout(make_mesh(context=devices), merge=merge or "gather", split_from=0)
             us = attention_us(SHAPES[args.model], method, tokens, layout, args.repeats)
             where = {"model": args.model, "tokens": tokens, "devices": devices, "merge": merge}
-            rows.append({"method": repr(method), **where, "us": us})
-            print(json.dumps(rows[-1]), flush=True)
-    return rows
+            yield {"method": repr(method), **where, "us": us}
 
 
-def step(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def step(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for shape in ({"context": 1}, *({axis: devices} for devices in args.devices for axis in ("context", "model"))):
         layout = Layout(make_mesh(**shape), merge=(args.merges or ["gather"])[0], split_from=0)
         bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
         for name in args.methods or ("vecinfer:bits=2,transform=smooth-hadamard", "full"):
             for tokens in args.tokens or (196608, 1048576):
-                rows.append(_step(bench, name, tokens, args.repeats) | {"model": args.model})
-                print(json.dumps(rows[-1]), flush=True)
+                yield _step(bench, name, tokens, args.repeats) | {"model": args.model}
         del bench
-    return rows
 
 
-def prefill(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def prefill(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for devices in (1, *args.devices):
         layout = Layout(make_mesh(context=devices), split_from=0)
         bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
@@ -146,10 +140,8 @@ def prefill(args: argparse.Namespace) -> list[dict[str, Any]]:
             args.methods or ("vecinfer:bits=2,transform=smooth-hadamard", "full"), args.tokens or (32768,)
         ):
             row = {"name": name, "tokens": tokens, "mesh": dict(layout.mesh.shape), "model": args.model}
-            rows.append(row | _prefill(bench, specs.parse(name, METHODS, "method"), tokens, args.repeats))
-            print(json.dumps(rows[-1]), flush=True)
+            yield row | _prefill(bench, specs.parse(name, METHODS, "method"), tokens, args.repeats)
         del bench
-    return rows
 
 
 def _prefill(bench: StepBench, method: Any, tokens: int, repeats: int) -> dict[str, Any]:
@@ -175,8 +167,7 @@ def _prefill(bench: StepBench, method: Any, tokens: int, repeats: int) -> dict[s
     return row
 
 
-def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
-    rows = []
+def largest(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for devices in args.devices:
         layout = Layout(make_mesh(context=devices))
         bench = StepBench(SHAPES[args.model], dtype=resolve_dtype(), layout=layout)
@@ -185,10 +176,8 @@ def largest(args: argparse.Namespace) -> list[dict[str, Any]]:
                 memory = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 2**36)
                 method = specs.parse(name, METHODS, "method")
                 said = plan(SHAPES[args.model], method, batch=1, tokens=tokens, memory=memory, gpus=devices)
-                rows.append(_step(bench, name, tokens, 1) | {"model": args.model, "plan": dataclasses.asdict(said)})
-                print(json.dumps(rows[-1]), flush=True)
+                yield _step(bench, name, tokens, 1) | {"model": args.model, "plan": dataclasses.asdict(said)}
         del bench
-    return rows
 
 
 def _step(bench: StepBench, name: str, tokens: int, repeats: int) -> dict[str, Any]:
@@ -215,11 +204,12 @@ def main() -> None:
     args = parser.parse_args()
     path = args.output or results.ROOT / results.device_name() / "parallel.json"
     content = json.loads(path.read_text()) if path.exists() else {}
-    new = PARTS[args.part](args)
-    seen = [identity(row) for row in new]
-    old = [row for row in content.get(args.part, []) if identity(row) not in seen]
-    rest = {name: rows for name, rows in content.items() if name in PARTS}
-    results.write("parallel", rest | {args.part: old + new}, path)
+    kept = {name: rows for name, rows in content.items() if name in PARTS}
+    for row in PARTS[args.part](args):
+        print(json.dumps(row), flush=True)
+        old = [other for other in kept.get(args.part, []) if identity(other) != identity(row)]
+        kept[args.part] = [*old, row]
+        results.write("parallel", kept, path)  # nothing is lost if it is stopped here
 
 
 def identity(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -46,7 +46,7 @@ PAPER = [
 ]
 BASELINES = [
     *(f"kivi:bits={bits},group=32" for bits in (4, 2)),
-    "kivi:bits=2,group=64",
+    *(f"kivi:bits={bits},group=64" for bits in (4, 2)),
     *(f"hadamard-int:bits={bits}" for bits in (4, 3, 2)),
     *(f"plain-vq:bits={bits:g}" for bits in (4, 2, 1)),
 ]

@@ -5,16 +5,17 @@ slots, so what is in memory beside the cache does not grow with it.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Float32, Int
 
 from pallas_kernels import ExactTokens, split_k
 from pallas_kernels.exact import attend_exactly, product
 from vecinfer_jax.caches import stripes
 from vecinfer_jax.caches.base import NO_AXES, MeshAxes
+from vecinfer_jax.caches.cudnn import cudnn_attention, cudnn_serves, partial_cudnn_attention
 
 QUERY_BLOCK = 256
 # Slots of a cache that a chunk of prompt reads at a time, fewer where one of these would be exceeded: elements of the
@@ -22,6 +23,8 @@ QUERY_BLOCK = 256
 KEY_BLOCK = 4096
 BLOCK_ELEMENTS = 2**26
 SCORE_ELEMENTS = 2**26
+# Slots that it reads at a time where cuDNN serves.
+LATER_BLOCK = 16384
 # The same of a decoding step.
 DECODE_ELEMENTS = 2**22
 MASKED = -1e30
@@ -71,11 +74,6 @@ def partial_attention(
     return attend_exactly(q, ExactTokens(k, v, valid), scale)
 
 
-def cudnn_serves(q: Float[Array, "*batch D"]) -> bool:
-    """Whether cuDNN's flash attention runs on this device for queries like these."""
-    return jax.default_backend() == "gpu" and q.dtype in (jnp.bfloat16, jnp.float16) and q.shape[-1] <= 128
-
-
 def causal_attention(
     q: Float[Array, "B N Hq D"],
     k: Float[Array, "B T Hkv D"],
@@ -107,38 +105,6 @@ def causal_attention(
     return by_query_blocks(block, stripes.prompt_share(positions[None], axes), q)
 
 
-def cudnn_attention(
-    q: Float[Array, "B T Hq D"],
-    k: Float[Array, "B S Hkv D"],
-    v: Float[Array, "B S Hkv D"],
-    lengths: Int[Array, "B"],
-    scale: float,
-    causal: bool = False,
-) -> Float[Array, "B T Hq D"]:
-    """cuDNN's flash attention over the first `lengths` tokens."""
-    return jax.nn.dot_product_attention(q, k, v, **_cudnn(lengths, scale, causal))
-
-
-def partial_cudnn_attention(
-    q: Float[Array, "B T Hq D"],
-    k: Float[Array, "B S Hkv D"],
-    v: Float[Array, "B S Hkv D"],
-    lengths: Int[Array, "B"],
-    scale: float,
-    causal: bool = False,
-) -> tuple[Float[Array, "B T Hq D"], Float[Array, "B T Hq"]]:
-    """The same and the log-sum-exp, ready to be merged."""
-    some = jnp.maximum(lengths, 1)  # what reads no token at all is undefined
-    out, lse = jax.nn.dot_product_attention(q, k, v, return_residual=True, **_cudnn(some, scale, causal))
-    return out, jnp.where(lengths[:, None, None] > 0, lse, split_k.EMPTY)
-
-
-def _cudnn(lengths: Int[Array, "B"], scale: float, causal: bool) -> dict[str, Any]:
-    lengths = lengths.astype(jnp.int32)
-    how = {"scale": scale, "is_causal": causal, "key_value_seq_lengths": lengths, "implementation": "cudnn"}
-    return how | ({"query_seq_lengths": lengths} if causal else {})
-
-
 def _cudnn_piece(
     q: Float[Array, "B N Hq D"],
     k: Float[Array, "B T Hkv D"],
@@ -150,12 +116,70 @@ def _cudnn_piece(
     """Causal attention of the tokens first .. first + N - 1 of a prompt: over those before, and over themselves."""
     own_k, own_v = (jax.lax.dynamic_slice_in_dim(x, first, q.shape[1], axis=1) for x in (k, v))
     here = jnp.clip(lengths - first, 0, q.shape[1])
-    parts = (
-        partial_cudnn_attention(q, k, v, jnp.minimum(lengths, first), scale),
-        partial_cudnn_attention(q, own_k, own_v, here, scale, causal=True),
-    )
+    before = partial_cudnn_attention(q, k, v, jnp.minimum(lengths, first), scale)
+    own = partial_cudnn_attention(q, own_k, own_v, here, scale, causal=True)
+    return _merged(before, own)[0].astype(q.dtype)
+
+
+def _merged(*parts: tuple[jax.Array, jax.Array]) -> tuple[Float32[Array, "B T Hq D"], Float32[Array, "B T Hq"]]:
+    """Outputs and log-sum-exps over different tokens, made one."""
     outputs, lses = zip(*parts, strict=True)
-    return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))[0].astype(q.dtype)
+    return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
+
+
+def later_attention(
+    q: Float[Array, "B T Hq D"],
+    k: Float[Array, "B T Hkv D"],
+    v: Float[Array, "B T Hkv D"],
+    lengths: Int[Array, "B"],
+    exact: Tokens | None,
+    coded: "Coded | None",
+    scale: float,
+) -> Float[Array, "B T Hq D"]:
+    """Exact attention of a later chunk of a prompt where cuDNN serves: over itself (k and v, `lengths` of them), over
+    tokens before it that are held as arrays, and over those in the cache, a block of slots at a time."""
+    part = _merged(partial_cudnn_attention(q, k, v, lengths, scale, causal=True))
+    if exact is not None and exact.positions.shape[1]:
+        keys, values, count = _front(exact)
+        part = _merged(part, partial_cudnn_attention(q, keys.astype(q.dtype), values.astype(q.dtype), count, scale))
+    if coded is None:
+        return part[0].astype(q.dtype)
+    b, heads, dim = k.shape[0], k.shape[2], k.shape[3]
+    most = min(LATER_BLOCK, max(BLOCK_ELEMENTS // (b * heads * dim), 128))
+    block = min(coded.slots, max(most // coded.multiple, 1) * coded.multiple)
+
+    def step(i: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        # The last block starts early where the slots are no multiple of it; what was read before goes to its end.
+        start = jnp.minimum(i * block, coded.slots - block)
+        keys, values = (jnp.roll(x.astype(q.dtype), start - i * block, axis=1) for x in coded.read(start, block))
+        count = jnp.clip(coded.there - i * block, 0, block - (i * block - start))
+        return _merged(part, partial_cudnn_attention(q, keys, values, count, scale))
+
+    blocks = (jnp.minimum(jnp.max(coded.there), coded.slots) + block - 1) // block
+    return jax.lax.fori_loop(0, blocks, step, part)[0].astype(q.dtype)
+
+
+class Coded(NamedTuple):
+    """Tokens of a cache in the order of their slots, of which the first `there` of a row are there.
+
+    read(start, size): keys (after RoPE) and values [B, size, Hkv, D] of the slots start .. start + size - 1; size is
+    static, start a multiple of `multiple`.
+    """
+
+    read: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+    slots: int
+    there: Int[Array, "B"]
+    multiple: int = 1
+
+
+def _front(tokens: Tokens) -> tuple[Float[Array, "B W Hkv D"], Float[Array, "B W Hkv D"], Int[Array, "B"]]:
+    """The tokens that are there, before slots without one, and how many they are."""
+    there = tokens.positions >= 0
+    order = jnp.argsort(~there, axis=1)
+    keys, values = (
+        jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2) for x in (tokens.keys, tokens.values)
+    )
+    return keys, values, jnp.sum(there, axis=1).astype(jnp.int32)
 
 
 class Source(NamedTuple):

@@ -9,16 +9,16 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from vecinfer_jax.caches.attention import (
+    Coded,
     Source,
     Tokens,
     blockwise_attention,
     causal_attention,
-    cudnn_attention,
-    cudnn_serves,
+    later_attention,
     partial_attention,
-    partial_cudnn_attention,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.cudnn import cudnn_attention, cudnn_serves, partial_cudnn_attention
 from vecinfer_jax.caches.stripes import merged, stripes, whole_prompt
 from vecinfer_jax.rope import apply_rope
 
@@ -67,6 +67,17 @@ class FullPrecision(CacheMethod):
         )
         if chunk.first:
             return causal_attention(q, k, v, chunk.lengths, layer.scale, layer.axes), cache
+
+        if cudnn_serves(q) and dealt.shards == 1:
+
+            def in_order(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+                keys, values = (
+                    jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (cache.keys, cache.values)
+                )
+                return keys, values
+
+            before = Coded(in_order, cache.keys.shape[1], cache.lengths - chunk.lengths)
+            return later_attention(q, k, v, chunk.lengths, None, before, layer.scale), cache
 
         def read(start: jax.Array, size: int) -> Tokens:
             slots = dealt.slot(start + jnp.arange(size))[None, :]

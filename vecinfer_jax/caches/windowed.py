@@ -10,6 +10,7 @@ import abc
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float, Int
@@ -17,15 +18,18 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import ExactTokens
 from pallas_kernels.exact import merge_exact, rounded
 from vecinfer_jax.caches.attention import (
+    Coded,
     Source,
     Tokens,
     blockwise_attention,
     causal_attention,
     coded_attention,
     join_tokens,
+    later_attention,
     source_of,
 )
 from vecinfer_jax.caches.base import CacheMethod, Chunk, LayerCalibration, LayerShape, array_field
+from vecinfer_jax.caches.cudnn import cudnn_serves
 from vecinfer_jax.caches.rows import read_ring, write_chunk, write_token
 from vecinfer_jax.caches.stripes import Stripes, merged, part_dtype, stripes, whole_prompt
 from vecinfer_jax.errors import InputError
@@ -187,6 +191,15 @@ class WindowedMethod(CacheMethod):
             boundary, held = self.sink + self.coded_count(chunk.positions + 1), self.coded_count(updated.lengths)
         else:  # what was coded before this chunk is read from codes, all else exactly
             held = self.coded_count(cache.lengths)
+            if cudnn_serves(q) and dealt.shards == 1:
+
+                def in_order(start: Int[Array, ""], size: int) -> tuple[jax.Array, jax.Array]:
+                    keys, values = self.read(updated.store, start, size, layer)
+                    return keys.swapaxes(1, 2), values.swapaxes(1, 2)
+
+                before = Coded(in_order, updated.slots, held, self.token_group)
+                window = self._joined_exact_tokens(cache)
+                return later_attention(q, k, v, chunk.lengths, window, before, layer.scale), updated
             boundary = jnp.broadcast_to((self.sink + held)[:, None], chunk.positions.shape)
 
         def read(start: Int[Array, ""], size: int) -> Tokens:
