@@ -303,6 +303,34 @@ def offload() -> str:
     return table(["cache", "tokens", *sizes, "ms a step", "of bfloat16's", "the bus alone, ms"], lines)
 
 
+def host_tier() -> str:
+    """The kernels that read the host's memory."""
+    lines = []
+    for row in read(H100, "kernels")["rows"]:
+        kernel, tokens, *_ = row["name"].split()
+        if kernel in ("fetch_channels", "select_tokens", "attend_rows"):
+            what = {
+                "fetch_channels": f"fetch {tokens} channels of each head",
+                "select_tokens": f"choose {tokens} tokens by them",
+                "attend_rows": f"fetch {tokens} tokens and attend to them",
+            }[kernel]
+            speed = f"{row['gb_per_s']:.1f}" if kernel != "select_tokens" else ""
+            lines.append([what, f"{row['us']:.0f}", speed, f"{row['peer']}: {row['peer_us']:.0f}"])
+    return table(["kernel", "ours, µs", "over the bus, GB/s", "peer, µs"], lines)
+
+
+def overlap() -> str:
+    """What runs at once in a step with a cache on the host."""
+    lines = []
+    for row in read(H100, f"offload-{MODEL}")["rows"]:
+        if "profile" in row:
+            seen = row["profile"]
+            fetched = seen["events"]["fetch_channels"]["us"]
+            times = (seen["us_per_step"], fetched, seen["overlapped_us"], seen["idle_us"])
+            lines.append([row["name"], *(f"{us / 1e3:.1f}" for us in times)])
+    return table(["cache", "a step, ms", "fetching channels", "two streams at once", "nothing runs"], lines)
+
+
 def parallel_attention() -> str:
     """A layer's append, attention and merge over the devices of `context`."""
     rows = read(H200, "parallel")["attention"]
@@ -325,8 +353,11 @@ def parallel_steps() -> str:
             sizes = [f"{row['device_bytes'] / 1e9:.1f}"]
             said = row.get("plan")
             sizes.append(f"{(said['weights_bytes'] + said['cache_bytes']['total']) / 1e9:.1f}" if said else "")
-            lines.append([f"{row['tokens']:,}", row["name"], mesh, f"{row['ms_per_step']:.2f}", *sizes])
-    return table(["tokens", "cache", "mesh", "ms a step", "in use on a device, GB", "said by plan, GB"], lines)
+            what = f"{row['tokens']:,}", row["model"], row["name"], mesh
+            lines.append([*what, f"{row['ms_per_step']:.2f}", *sizes])
+    return table(
+        ["tokens", "shapes", "cache", "mesh", "ms a step", "in use on a device, GB", "said by plan, GB"], lines
+    )
 
 
 def memory() -> str:
@@ -360,6 +391,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "memory": memory,
     "offload": offload,
+    "overlap": overlap,
+    "host-tier": host_tier,
     "parallel-attention": parallel_attention,
     "parallel-steps": parallel_steps,
 }

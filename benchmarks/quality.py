@@ -191,6 +191,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         },
         "tailorkv-needle": {
             "methods": [
+                "full",
                 *(f"{sparse},{setting}" for setting in TAILORKV),
                 *(f"{first},bits={bits},{TAILORKV[0]}" for bits in (1, 2)),
             ],
