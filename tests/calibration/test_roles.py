@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import vecinfer_jax as vj
 from tests import small
 from tests.caches.harness import LAYER, random_qkv
 from vecinfer_jax.calibration.collect import collect_statistics, text_of
@@ -65,3 +66,11 @@ def test_roles_ask_for_long_passages_and_codebooks_for_the_usual_ones():
     assert text_of(small.model(), VecInfer(transform="smooth-hadamard")) == (64, 512)
     assert text_of(small.model(), TailorKV()) == (8, small.CONFIG.max_position)
     assert text_of(small.model(), TailorKV(roles=("sparse*3",))) == (64, 512)
+
+
+def test_the_text_serves_the_roles_and_the_codebooks_of_what_layers_may_come_to_have():
+    codes = vj.VecInfer(bits=2)
+    assert vj.TailorKV().calibration_text == (8, 4096)
+    assert vj.TailorKV(quantised=codes).calibration_text == (16, 4096)  # 64 passages of 1,024 tokens, in longer ones
+    assert vj.TailorKV(quantised=codes, roles=("quantised", "sparse")).calibration_text == codes.calibration_text
+    assert vj.TailorKV(roles=("quantised", "sparse")).calibration_text is None

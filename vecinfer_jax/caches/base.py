@@ -11,7 +11,7 @@ positions (t - residual + 1 ... t) in full precision, every other position from 
 
 import abc
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import jax
@@ -263,6 +263,15 @@ class CacheMethod(abc.ABC):
     def calibration_key(self) -> dict[str, Any]:
         """The settings that a calibration depends on: an artefact serves every method with an equal key."""
         return {"method": self.name}
+
+
+def joined_text(texts: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
+    """Passages, and tokens of one, that serve several who ask for some: as long as the longest, as much as the most."""
+    asked = [text for text in texts if text is not None]
+    if not asked:
+        return None
+    length = max(length for _, length in asked)
+    return -(-max(passages * each for passages, each in asked) // length), length
 
 
 def settled(

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vecinfer_jax.caches.base import CacheMethod, LayerCalibration, LayerShape
+from vecinfer_jax.caches.base import CacheMethod, LayerCalibration, LayerShape, joined_text
 from vecinfer_jax.errors import InputError
 
 
@@ -73,8 +73,7 @@ class PerLayer(LayeredMethod):
 
     @property
     def calibration_text(self) -> tuple[int, int] | None:
-        """Of those that ask for some, the longest passages."""
-        return max((m.calibration_text for m in self._methods if m.calibration_text), key=lambda t: t[1], default=None)
+        return joined_text(m.calibration_text for m in self._methods)
 
     def findings(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         return {name: found for m in self._methods for name, found in m.findings(layers).items()}

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vecinfer_jax.caches.base import CacheMethod
+from vecinfer_jax.caches.base import CacheMethod, joined_text
 from vecinfer_jax.caches.host_tier import CodedSparseLayer, SparseLayer
 from vecinfer_jax.caches.kivi import KIVI
 from vecinfer_jax.caches.per_layer import LayeredMethod
@@ -131,7 +131,8 @@ class TailorKV(LayeredMethod):
 
     @property
     def calibration_text(self) -> tuple[int, int] | None:
-        return CALIBRATION_TEXT if self.roles is None else None
+        own = CALIBRATION_TEXT if self.roles is None else None
+        return joined_text([own, *(m.calibration_text for m in self._used if m.needs_calibration)])
 
     def calibration_key(self) -> dict[str, Any]:
         key: dict[str, Any] = {"method": self.name}
