@@ -625,7 +625,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if jax.default_backend() != "gpu":
         raise SystemExit(f"this benchmark needs a GPU; JAX runs on {jax.default_backend()} here")
-    held = json.loads(arguments.output.read_text())["rows"] if arguments.only and arguments.output.exists() else []
+    held = json.loads(arguments.output.read_text())["rows"] if arguments.output.exists() else []
+    parts = [arguments.only] if arguments.only else list(PARTS)
     done: list[dict] = []
 
     def write(old: list[dict]) -> None:
@@ -638,13 +639,13 @@ def main() -> None:
         arguments.output.parent.mkdir(parents=True, exist_ok=True)
         arguments.output.write_text(json.dumps(result, indent=1) + "\n")
 
-    for part in [arguments.only] if arguments.only else PARTS:
+    for part in parts:
         for line in PARTS[part]():
             print(json.dumps(line), flush=True)
             done.append(line)
             measured = {row["name"] for row in done}
             write([old for old in held if old["name"] not in measured])  # nothing is lost if it is stopped here
-    write([old for old in held if part_of(old) != arguments.only])
+    write([old for old in held if part_of(old) not in parts])
 
 
 def part_of(line: dict) -> str:

@@ -338,9 +338,10 @@ def parallel_attention() -> str:
     merges = [merge for merge in dict.fromkeys(row["merge"] for row in rows) if merge not in (None, "alone")]
     lines = []
     for tokens in sorted(one):
-        us = {row["merge"]: row["us"] for row in rows if row["tokens"] == tokens and row["devices"] > 1}
+        us = {row["merge"]: row["us"] for row in rows if row["tokens"] == tokens and row["devices"] == 2}
         cells = [f"{us[merge]:.1f}" if merge in us else "" for merge in (*merges, "alone")]
-        lines.append([f"{tokens:,}", f"{one[tokens]:.1f}", *cells, f"{one[tokens] / us['gather']:.2f}x"])
+        faster = f"{one[tokens] / us['gather']:.2f}x" if "gather" in us else ""
+        lines.append([f"{tokens:,}", f"{one[tokens]:.1f}", *cells, faster])
     return table(["tokens", "one device, µs", *merges, "no merge", "speed-up by gather"], lines)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 
 from vecinfer_jax.caches import allocated_bytes
 from vecinfer_jax.caches.base import NO_AXES, CacheMethod, LayerShape
+from vecinfer_jax.calibration.codebooks import drawn_codebooks
 from vecinfer_jax.calibration.statistics import LayerStatistics
 from vecinfer_jax.errors import CalibrationError, CapacityError, InputError
 from vecinfer_jax.generation.engine import CAPACITY_STEP, DecodeState, Engine, round_up
@@ -216,7 +217,8 @@ class StepBench:
         """What the device does in one step of the decoding loop, as XLA's profiler saw it; an average over `steps`."""
         if steps < 1:
             raise InputError(f"steps={steps} must be 1 or more")
-        engine, state = self.prepare(method, batch, tokens, room(REPEATS))  # the program that is timed
+        space = max(room(REPEATS), FEW + steps)  # as many tokens as where it is timed: the same program
+        engine, state = self.prepare(method, batch, tokens, space)
         settings, stops = Sampling().settings(), jnp.zeros((0,), jnp.int32)
         state = jax.block_until_ready(engine.decode(self.params, state, FEW, settings, stops))
         state = dataclasses.replace(state, step=jnp.int32(1))
@@ -332,7 +334,9 @@ def _fitted(method: CacheMethod, layer: LayerShape) -> dict[str, np.ndarray]:
     while True:
         statistics = _random_statistics(layer, count)
         try:
-            return method.calibrate_layer(layer, statistics, 0, method.shared_calibration([layer], [statistics], 0))
+            with drawn_codebooks():
+                shared = method.shared_calibration([layer], [statistics], 0)
+                return method.calibrate_layer(layer, statistics, 0, shared)
         except CalibrationError:  # too few for a codebook this large
             if count > 2**16:
                 raise

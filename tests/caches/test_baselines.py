@@ -187,8 +187,8 @@ def test_one_huge_channel_costs_its_own_group_only():
 @pytest.mark.parametrize(
     "method",
     [
-        KIVI(bits=2, group=8, residual=8),
-        pytest.param(HadamardInt(bits=3, residual=8, sink=2), marks=pytest.mark.slow),
+        pytest.param(KIVI(bits=2, group=8, residual=8), marks=pytest.mark.slow),
+        HadamardInt(bits=3, residual=8, sink=2),
         pytest.param(PlainVQ(bits=2, residual=8), marks=pytest.mark.slow),
     ],
     ids=lambda m: m.name,

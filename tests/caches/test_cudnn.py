@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo as private
 from jax.sharding import AbstractDevice, AbstractMesh
 
 from tests import small
@@ -40,7 +41,7 @@ def kernel(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, return_r
     assert return_residual and q_seqlen.dtype == kv_seqlen.dtype == jnp.int32
     rows, columns = jnp.arange(query.shape[1]), jnp.arange(key.shape[1])
     counts = columns[None, None] < kv_seqlen[:, None, None]
-    if mask_type == cudnn.private.MaskType.PADDING_CAUSAL:
+    if mask_type == private.MaskType.PADDING_CAUSAL:
         counts = counts & (columns[None, None] <= rows[None, :, None])
     s = jnp.where(counts[:, None, None], attention.scores(query, key.swapaxes(1, 2), scale), -jnp.inf)
     lse = jax.nn.logsumexp(s, axis=-1)
@@ -52,14 +53,15 @@ def kernel(query, key, value, *, q_seqlen, kv_seqlen, scale, mask_type, return_r
 
 @pytest.fixture
 def with_kernel(monkeypatch):
-    monkeypatch.setattr(cudnn.private, "dot_product_attention", kernel)
+    monkeypatch.setattr(private, "dot_product_attention", kernel)
     for module in (windowed, full_precision):
         monkeypatch.setattr(module, "cudnn_serves", lambda q: True)
     monkeypatch.setattr(full_precision, "cudnn_attention", None)  # decoding is not what is tested here
 
 
-def chunks(method, lengths=(70, 41, 9), size=24, dtype=jnp.float32, capacity=96):
-    """The outputs of a ragged prompt read in chunks, and where they count."""
+def chunks(method, lengths, size, dtype=jnp.float32):
+    """The outputs of a ragged prompt read in chunks into a cache of just its size, and where they count."""
+    capacity = max(lengths) + 3
     layer = dataclasses.replace(harness.LAYER, dtype=jnp.dtype(dtype))
     calibration = random_calibration(small.CONFIG, method, 0, dtype) or None
     q, k, v = (x.astype(dtype) for x in harness.random_qkv(len(lengths), max(lengths)))
@@ -70,18 +72,20 @@ def chunks(method, lengths=(70, 41, 9), size=24, dtype=jnp.float32, capacity=96)
 
 
 @pytest.mark.parametrize(
-    "method, block",
+    "method",
     [
-        pytest.param(method, 16, id=name, marks=pytest.mark.slow if name in ("kivi", "kvquant") else ())
+        pytest.param(method, id=name, marks=() if name in ("full", "vecinfer", "tailorkv-sparse") else pytest.mark.slow)
         for method, name in zip(METHODS, NAMES, strict=True)
-    ]
-    + [pytest.param(METHODS[1], 10**6, id="vecinfer-in-one-block")],
+    ],
 )
-def test_later_chunks_read_what_they_read_in_plain_jax(method, block, request, monkeypatch):
-    want, counts = chunks(method)
+@pytest.mark.parametrize("blocks", [2, pytest.param(1, marks=pytest.mark.slow)])
+def test_later_chunks_read_what_they_read_in_plain_jax(method, blocks, request, monkeypatch):
+    """The second of two blocks starts early: the slots are no multiple of it."""
+    lengths, size, block = ((440, 300, 9, 80), 110, 192) if method is SPARSE else ((150, 141, 9, 100), 30, 80)
+    want, counts = chunks(method, lengths, size)
     request.getfixturevalue("with_kernel")
-    monkeypatch.setattr(attention, "LATER_BLOCK", block)
-    got, _ = chunks(method)
+    monkeypatch.setattr(attention, "LATER_BLOCK", block if blocks == 2 else 10**6)
+    got, _ = chunks(method, lengths, size)
     assert np.isfinite(got).all()
     np.testing.assert_allclose(got[counts], want[counts], atol=2e-5)
 
@@ -99,9 +103,9 @@ def test_a_split_prompt_reads_what_a_whole_one_does(with_kernel):
 
 def test_the_log_sum_exp_lowers_in_float32(monkeypatch):
     """In the queries' 16 bits a part's weight would be off by a few percent."""
-    monkeypatch.setattr(cudnn.private, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(cudnn.private, "check_compute_capability", lambda version: True)
-    monkeypatch.setattr(cudnn.private, "is_cuda_compute_capability_equal", lambda version: False)
+    monkeypatch.setattr(private, "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(private, "check_compute_capability", lambda version: True)
+    monkeypatch.setattr(private, "is_cuda_compute_capability_equal", lambda version: False)
     q = jax.ShapeDtypeStruct((1, 64, 4, 64), jnp.bfloat16)
     k = jax.ShapeDtypeStruct((1, 64, 2, 64), jnp.bfloat16)
     lengths = jax.ShapeDtypeStruct((1,), jnp.int32)
@@ -110,16 +114,19 @@ def test_the_log_sum_exp_lowers_in_float32(monkeypatch):
         traced = jax.jit(lambda *x: cudnn.partial_cudnn_attention(*x, 0.125, causal=True)).trace(q, k, k, lengths)
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     call = next(line for line in text.splitlines() if "__cudnn$fmha" in line)
-    assert "tensor<1x4x64xf32>" in call.split("->")[-1]
+    assert "tensor<1x4x64xf32>" in call.split("->")[-1] and "xbf16>" in call.split("->")[-1]
+    assert not any("xf32>" in line and "xbf16>" in line for line in text.splitlines() if "stablehlo.convert" in line)
+    assert traced.out_info[1].dtype == jnp.float32
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("method", METHODS, ids=NAMES)
 def test_later_chunks_read_what_they_read_in_plain_jax_on_a_device(method, monkeypatch):
-    got, counts = chunks(method, (700, 411, 9), 256, jnp.bfloat16, 1024)
+    monkeypatch.setattr(attention, "LATER_BLOCK", 384)
+    got, counts = chunks(method, (700, 411, 9), 175, jnp.bfloat16)
     for module in (windowed, full_precision, attention):
         monkeypatch.setattr(module, "cudnn_serves", lambda q: False)
-    want, _ = chunks(method, (700, 411, 9), 256, jnp.bfloat16, 1024)
+    want, _ = chunks(method, (700, 411, 9), 175, jnp.bfloat16)
     assert np.isfinite(got).all()
     error = np.linalg.norm(got[counts] - want[counts]) / np.linalg.norm(want[counts])
     assert error < 1e-2

@@ -7,6 +7,7 @@ import pytest
 
 from pallas_kernels import dispatch
 from vecinfer_jax.calibration import kmeans as module
+from vecinfer_jax.calibration.codebooks import codebook_of, drawn_codebooks
 from vecinfer_jax.calibration.kmeans import kmeans
 
 
@@ -107,3 +108,15 @@ def test_an_accelerator_finds_the_same_centroids(monkeypatch):
     monkeypatch.setitem(dispatch.PREFERENCE, "gpu", ("xla",))
     there = kmeans.__wrapped__(points, clusters=16, seed=0)[0]
     np.testing.assert_allclose(here, there, atol=1e-4)
+
+
+def test_codebooks_are_drawn_where_only_their_shape_matters_and_fitted_elsewhere():
+    vectors = blobs(clusters=4)[1].reshape(-1, 2, 4)
+    how = {"length": 4, "entries": 4, "per_head": True, "seed": 0}
+    with drawn_codebooks():
+        drawn = codebook_of(vectors, **how)
+    fitted = codebook_of(vectors, **how)
+    assert drawn.shape == fitted.shape == (2, 4, 4)
+    for head in range(2):
+        assert all((vectors[:, head] == entry).all(-1).any() for entry in drawn[head])
+        assert not all((vectors[:, head] == entry).all(-1).any() for entry in fitted[head])

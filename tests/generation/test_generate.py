@@ -89,7 +89,7 @@ def test_stop_texts_are_left_out_and_end_the_sequence():
     assert len(out.tokens[0]) == at + 3
 
 
-@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), 3, 8])
+@pytest.mark.parametrize("chunk", [pytest.param(1, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow), 8])
 def test_streamed_pieces_add_up_to_the_text(chunk, smollm2):
     prompt = "Once upon a time"
     whole = vj.generate(smollm2, [prompt], max_new_tokens=12).texts[0]

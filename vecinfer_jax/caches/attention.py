@@ -133,7 +133,7 @@ def later_attention(
     v: Float[Array, "B T Hkv D"],
     lengths: Int[Array, "B"],
     exact: Tokens | None,
-    coded: "Coded | None",
+    coded: "Coded",
     scale: float,
 ) -> Float[Array, "B T Hq D"]:
     """Exact attention of a later chunk of a prompt where cuDNN serves: over itself (k and v, `lengths` of them), over
@@ -142,8 +142,6 @@ def later_attention(
     if exact is not None and exact.positions.shape[1]:
         keys, values, count = _front(exact)
         part = _merged(part, partial_cudnn_attention(q, keys.astype(q.dtype), values.astype(q.dtype), count, scale))
-    if coded is None:
-        return part[0].astype(q.dtype)
     b, heads, dim = k.shape[0], k.shape[2], k.shape[3]
     most = min(LATER_BLOCK, max(BLOCK_ELEMENTS // (b * heads * dim), 128))
     block = min(coded.slots, max(most // coded.multiple, 1) * coded.multiple)
@@ -173,11 +171,13 @@ class Coded(NamedTuple):
 
 
 def _front(tokens: Tokens) -> tuple[Float[Array, "B W Hkv D"], Float[Array, "B W Hkv D"], Int[Array, "B"]]:
-    """The tokens that are there, before slots without one, and how many they are."""
-    there = tokens.positions >= 0
+    """The tokens that are there, before slots without one, and how many they are; W is a multiple of 64."""
+    width = tokens.positions.shape[1]
+    there = jnp.pad(tokens.positions >= 0, ((0, 0), (0, -width % 64)))
     order = jnp.argsort(~there, axis=1)
     keys, values = (
-        jnp.take_along_axis(x, order[:, None, :, None], axis=2).swapaxes(1, 2) for x in (tokens.keys, tokens.values)
+        jnp.take_along_axis(x, jnp.minimum(order, width - 1)[:, None, :, None], axis=2).swapaxes(1, 2)
+        for x in (tokens.keys, tokens.values)
     )
     return keys, values, jnp.sum(there, axis=1).astype(jnp.int32)
 

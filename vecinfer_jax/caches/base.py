@@ -266,7 +266,8 @@ class CacheMethod(abc.ABC):
 
 
 def joined_text(texts: Iterable[tuple[int, int] | None]) -> tuple[int, int] | None:
-    """Passages, and tokens of one, that serve several who ask for some: as long as the longest, as much as the most."""
+    """Passages, and tokens of one, that serve several who ask for some: as long as the longest, as much as the most,
+    before a model's context shortens them."""
     asked = [text for text in texts if text is not None]
     if not asked:
         return None

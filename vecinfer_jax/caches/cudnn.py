@@ -2,12 +2,11 @@
 
 `jax.nn.dot_product_attention` rounds the log-sum-exp to the queries' dtype, in 16 bits to about 1 part in 32 of a
 part's weight. Parts are therefore asked for one level below it, in a module that JAX does not promise to keep; nothing
-else here touches it.
+else here touches it. They are not for training: the log-sum-exp has no gradient.
 """
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as private
 from jaxtyping import Array, Float, Float32, Int
 
 from pallas_kernels import split_k
@@ -50,6 +49,8 @@ def partial_cudnn_attention(
 ) -> tuple[Float[Array, "B T Hq D"], Float32[Array, "B T Hq"]]:
     """The same and the natural-log log-sum-exp, ready to be merged: `split_k.EMPTY` for padding and where nothing is
     read, whose output is not to be looked at."""
+    from jax._src.cudnn import fused_attention_stablehlo as private  # only where it is needed
+
     some = jnp.maximum(lengths.astype(jnp.int32), 1)  # what reads no token at all is undefined
     mask = private.MaskType.PADDING_CAUSAL if causal else private.MaskType.PADDING
     rows = some if causal else jnp.full_like(some, q.shape[1])

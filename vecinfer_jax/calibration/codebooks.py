@@ -1,6 +1,8 @@
 """Codebooks from samples of keys or values."""
 
-from collections.abc import Sequence
+import contextlib
+import contextvars
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from jaxtyping import Float
@@ -11,6 +13,23 @@ from vecinfer_jax.errors import CalibrationError
 # Sub-vectors that one codebook is fitted to: four of each sampled token, but at least so many, and 32 a centroid.
 PER_TOKEN = 4
 MIN_SAMPLES = 32768
+
+_drawn = contextvars.ContextVar("drawn", default=False)
+
+
+@contextlib.contextmanager
+def drawn_codebooks() -> Iterator[None]:
+    """Within, codebooks are drawn and not fitted: for plans and timings, where only their shapes matter."""
+    token = _drawn.set(True)
+    try:
+        yield
+    finally:
+        _drawn.reset(token)
+
+
+def are_drawn() -> bool:
+    """Whether codebooks need only be of the right shape."""
+    return _drawn.get()
 
 
 def codebook_of(
@@ -93,6 +112,8 @@ def _fitted(
         raise CalibrationError(
             f"the calibration text gives {groups.shape[1]} sub-vectors for a codebook of {entries}: give more text"
         )
+    if are_drawn():
+        return groups[:, np.sort(np.random.default_rng(seed).choice(groups.shape[1], entries, replace=False))]
     best, least = (np.asarray(array) for array in kmeans(groups, weights, clusters=entries, seed=seed))
     for restart in range(1, restarts):
         again = (seed + 7_919 * restart) % 2**31

@@ -7,6 +7,8 @@ optimum; no start is drawn and no seed matters.
 import numpy as np
 from jaxtyping import Float
 
+from vecinfer_jax.calibration.codebooks import are_drawn
+
 # Points are first gathered in so many intervals of equal length, where there are more; each keeps its own mean.
 INTERVALS = 1024
 # Of all weight; what weighs less would be lost in the sums.
@@ -21,6 +23,8 @@ def weighted_codebook(
     Weights are 0 or more; where all are 0 they count as 1. With fewer distinct points than entries the last is
     repeated.
     """
+    if are_drawn():
+        return uniform_codebook(entries)
     counts = np.isfinite(points) & (weights > 0)
     if not counts.any():
         counts, weights = np.isfinite(points), np.ones_like(weights)
