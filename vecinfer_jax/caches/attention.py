@@ -121,10 +121,23 @@ def _cudnn_piece(
     return _merged(before, own)[0].astype(q.dtype)
 
 
-def _merged(*parts: tuple[jax.Array, jax.Array]) -> tuple[Float32[Array, "B T Hq D"], Float32[Array, "B T Hq"]]:
+def _merged(*parts: tuple[jax.Array, jax.Array]) -> tuple[Float32[Array, "*rows Hq D"], Float32[Array, "*rows Hq"]]:
     """Outputs and log-sum-exps over different tokens, made one."""
     outputs, lses = zip(*parts, strict=True)
     return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
+
+
+class Coded(NamedTuple):
+    """Tokens of a cache in the order of their slots, of which the first `there` of a row are there.
+
+    read(start, size): keys (after RoPE) and values [B, size, Hkv, D] of the slots start .. start + size - 1; size is
+    static, start a multiple of `multiple`.
+    """
+
+    read: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+    slots: int
+    there: Int[Array, "B"]
+    multiple: int = 1
 
 
 def later_attention(
@@ -133,7 +146,7 @@ def later_attention(
     v: Float[Array, "B T Hkv D"],
     lengths: Int[Array, "B"],
     exact: Tokens | None,
-    coded: "Coded",
+    coded: Coded,
     scale: float,
 ) -> Float[Array, "B T Hq D"]:
     """Exact attention of a later chunk of a prompt where cuDNN serves: over itself (k and v, `lengths` of them), over
@@ -155,19 +168,6 @@ def later_attention(
 
     blocks = (jnp.minimum(jnp.max(coded.there), coded.slots) + block - 1) // block
     return jax.lax.fori_loop(0, blocks, step, part)[0].astype(q.dtype)
-
-
-class Coded(NamedTuple):
-    """Tokens of a cache in the order of their slots, of which the first `there` of a row are there.
-
-    read(start, size): keys (after RoPE) and values [B, size, Hkv, D] of the slots start .. start + size - 1; size is
-    static, start a multiple of `multiple`.
-    """
-
-    read: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
-    slots: int
-    there: Int[Array, "B"]
-    multiple: int = 1
 
 
 def _front(tokens: Tokens) -> tuple[Float[Array, "B W Hkv D"], Float[Array, "B W Hkv D"], Int[Array, "B"]]:
@@ -320,8 +320,7 @@ def coded_attention(
         return part(jnp.int32(0))
 
     def step(i: jax.Array, carry: tuple) -> tuple:
-        outputs, lses = zip(carry, part(i), strict=True)
-        return split_k.merge(jnp.stack(outputs, axis=-2), jnp.stack(lses, axis=-1))
+        return _merged(carry, part(i))
 
     start = jnp.zeros((b, hq, d), jnp.float32), jnp.full((b, hq), split_k.EMPTY, jnp.float32)
     return jax.lax.fori_loop(0, (jnp.minimum(jnp.max(count), slots) + block - 1) // block, step, start)

@@ -68,22 +68,18 @@ class FullPrecision(CacheMethod):
         if chunk.first:
             return causal_attention(q, k, v, chunk.lengths, layer.scale, layer.axes), cache
 
+        def in_order(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+            keys, values = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (cache.keys, cache.values))
+            return keys, values
+
         if cudnn_serves(q) and dealt.shards == 1:
-
-            def in_order(start: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
-                keys, values = (
-                    jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (cache.keys, cache.values)
-                )
-                return keys, values
-
             before = Coded(in_order, cache.keys.shape[1], cache.lengths - chunk.lengths)
             return later_attention(q, k, v, chunk.lengths, None, before, layer.scale), cache
 
         def read(start: jax.Array, size: int) -> Tokens:
             slots = dealt.slot(start + jnp.arange(size))[None, :]
-            keys, values = (jax.lax.dynamic_slice_in_dim(x, start, size, axis=1) for x in (cache.keys, cache.values))
             held_at = jnp.where(slots < cache.lengths[:, None], slots, -1)
-            keys, values = (dealt.gathered(x.swapaxes(1, 2), 2) for x in (keys, values))
+            keys, values = (dealt.gathered(x.swapaxes(1, 2), 2) for x in in_order(start, size))
             return Tokens(keys, values, dealt.gathered(held_at, 1))
 
         used = jnp.max(dealt.most_held(cache.lengths))
