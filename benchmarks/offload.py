@@ -149,11 +149,11 @@ def read_prompt(bench: StepBench, method: CacheMethod, tokens: int) -> dict[str,
         logits, caches = jax.block_until_ready(engine.prefill(bench.params, caches, prompt, lengths, CHUNK))
         read = time.perf_counter()
         keys = engine.keys(0, np.zeros(1, np.uint32))
-        wanted = np.asarray([DECODED], np.int32)
-        state = engine.start(logits, caches, lengths, keys, wanted, DECODED, settings, stops)
+        state = engine.start(logits, caches, lengths, keys, np.ones(1, bool), DECODED, settings, stops)
         state = jax.block_until_ready(engine.decode(bench.params, state, DECODED, settings, stops))
         seconds.append((read - begin, time.perf_counter() - read))
-        assert np.isfinite(np.asarray(state.logprobs)).all()
+        chosen, logprobs = np.asarray(state.tokens), np.asarray(state.logprobs)
+        assert (chosen >= 0).all() and np.isfinite(logprobs).all() and (logprobs < 0).all()
         del caches, state
     memory = jax.devices()[0].memory_stats() or {}
     return {
