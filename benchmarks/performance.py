@@ -303,6 +303,19 @@ def offload() -> str:
     return table(["cache", "tokens", *sizes, "ms a step", "of bfloat16's", "the bus alone, ms"], lines)
 
 
+def offload_prompts() -> str:
+    """Prompts read into caches in the host's memory and on the device."""
+    lines = []
+    for row in read(H100, f"offload-{MODEL}")["rows"]:
+        if "prompt_seconds" in row:
+            allowed = f"{row['memory_gib']:g}" if "memory_gib" in row else "all"
+            # The first of the tokens is chosen with the prompt.
+            step = f"{1e3 * row['decoded_seconds'] / (row['decoded_tokens'] - 1):.1f}"
+            peak = f"{row['device_peak_bytes'] / 2**30:.1f}"
+            lines.append([row["name"], f"{row['tokens']:,}", allowed, peak, f"{row['prompt_seconds']:.1f}", step])
+    return table(["cache", "tokens", "device, GiB", "peak, GiB", "prompt, s", "then ms a token"], lines)
+
+
 def host_tier() -> str:
     """The kernels that read the host's memory."""
     lines = []
@@ -361,6 +374,21 @@ def parallel_steps() -> str:
     )
 
 
+def parallel_prompts() -> str:
+    """A prompt over the devices of `context`, and what of it is the gathering of keys and values."""
+    rows = read(H200, "parallel")["prefill"]
+    alone = {(row["name"], row["tokens"]): row["ms"] for row in rows if row["mesh"]["context"] == 1}
+    lines = []
+    for row in rows:
+        devices = row["mesh"]["context"]
+        if devices > 1:
+            one = alone[row["name"], row["tokens"]]
+            times = f"{one:,.0f}", f"{row['ms']:,.0f}", f"{one / row['ms']:.2f}x"
+            share = f"{row['gather_ms']:.0f} ms, {100 * row['gather_ms'] / row['ms']:.1f}%"
+            lines.append([row["name"], f"{row['tokens']:,}", str(devices), *times, share])
+    return table(["cache", "tokens", "devices", "one device, ms", "ms", "speed-up", "gathering"], lines)
+
+
 def memory() -> str:
     rows = []
     for row in read(H100, "memory")["rows"]:
@@ -392,10 +420,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "profile": profile,
     "memory": memory,
     "offload": offload,
+    "offload-prompts": offload_prompts,
     "overlap": overlap,
     "host-tier": host_tier,
     "parallel-attention": parallel_attention,
     "parallel-steps": parallel_steps,
+    "parallel-prompts": parallel_prompts,
 }
 
 

@@ -324,6 +324,18 @@ def metric_ideas() -> str:
     )
 
 
+def metric_needle() -> str:
+    """The needle at 2 bits with one exact token, as calibrated by default and refined."""
+    cells = []
+    for row in rows_of(SMOLLM2, "needle", mixed=True, transform="metric", samples=3, prefill="coded"):
+        method, result = row["method"], row["result"]
+        name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in beside(method).items()) or "none"
+        found = f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"
+        cells.append([f"{result['bits_per_element']:g}", str(method["residual"]), name, *found, where(row)])
+    cells.sort(key=lambda line: (-int(line[1]), float(line[4])))
+    return table(["bits", "residual", "beside the transform", "found", "gold NLL, nats a case", "device"], cells)
+
+
 def formats() -> str:
     """Perplexity by the keys' format (rows) and the values' (columns), without a window, one seed."""
     found: dict[tuple[str, str], float] = {}
@@ -353,6 +365,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tailorkv": tailorkv("perplexity"),
     "tailorkv-needle": tailorkv("needle"),
     "metric-ideas": metric_ideas,
+    "metric-needle": metric_needle,
     "unseen": unseen,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),
