@@ -101,6 +101,7 @@ def methods() -> dict[str, CacheMethod]:
         "tailorkv:bits=2": vj.TailorKV(bits=2, roles=roles),
         "tailorkv:bits=1,long": vj.TailorKV.long_context(bits=1, roles=roles),
         "tailorkv:vecinfer": vj.TailorKV(quantised=vj.VecInfer(bits=2), roles=roles),
+        "tailorkv:bits=1,basis=principal": vj.TailorKV(bits=1, basis="principal", roles=roles),
         "tailorkv:bits=1,host=vecinfer-4": vj.TailorKV(bits=1, host="vecinfer-4", roles=roles),
     }
 

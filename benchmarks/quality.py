@@ -199,6 +199,19 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "prefills": ["exact"],  # as the paper reads prompts
             "seeds": [0],
         },
+        # By how long the passages are: --passages 64 --passage-length 1024, 16 of 4,096, 8 of 8,192.
+        "lengths": {
+            "methods": [f"{METRIC},residual={r}" for r in (128, 0)],
+            "tasks": [*long, text],
+            "seeds": [0],
+        },
+        # The same choice in our basis: --passages 16 --passage-length 4096.
+        "tailorkv-basis": {
+            "methods": [f"{sparse},{TAILORKV[0]},basis=principal"],
+            "tasks": ["needle:samples=1", "needle:lengths=4096,samples=1"],
+            "prefills": ["exact"],
+            "seeds": [0],
+        },
         # What nothing was chosen on: a model, and a text.
         "unseen": {
             "methods": [

@@ -250,9 +250,10 @@ def tailorkv(task: str) -> Callable[[], str]:
                 length = f"{row['task']['lengths'][0]:,}"
                 numbers = [length, f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"]
             bits = f"{result['bits_per_element']:.4g}"
-            cells.append([layers, *settings, method["host"], bits, *numbers])
-        cells.sort(key=lambda line: (line[0] != "none", line[0], -int(line[1]), int(line[2]), line[7]))
-        about = ["quantised layers", "tokens", "channels", "sink", "recent", "host", "bits"]
+            basis = method.get("basis", "channels")
+            cells.append([layers, *settings, method["host"], basis, bits, *numbers])
+        cells.sort(key=lambda line: (line[0] != "none", line[0], -int(line[1]), int(line[2]), line[6], line[8]))
+        about = ["quantised layers", "tokens", "channels", "sink", "recent", "host", "basis", "bits"]
         measured = {"perplexity": ["perplexity", "KL, nats", "top-1 agreement, %"]}
         return table([*about, *measured.get(task, ["length", "found", "gold NLL, nats a case"])], cells)
 
@@ -308,6 +309,8 @@ def metric_ideas() -> str:
     shown = {"length": 1024, "path": WIKITEXT, "transform": "metric", "sink": 1, "prefill": "coded"}
     for row in rows_of(SMOLLM2, "perplexity", mixed=True, **shown):
         method = row["method"]
+        if row["calibration"]["passage_length"] != 1024:  # those are in `lengths`
+            continue
         settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
         name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in settings.items()) or "none"
         passages = row["calibration"]["passages"], where(row)
@@ -322,6 +325,28 @@ def metric_ideas() -> str:
     return table(
         ["bits", "residual", "beside the transform", "passages", "seeds", "perplexity", "KL, nats", "device"], cells
     )
+
+
+def lengths() -> str:
+    """The metric transform at 2 bits by the passages it was calibrated on, and by what is read."""
+    texts = {
+        "windows of 1,024, wikitext-2": {"length": 1024, "path": WIKITEXT},
+        "of 8,192, wikitext-2": {"length": 8192, "path": WIKITEXT},
+        "of 8,192, essays": {"length": 8192, "path": "essays.txt"},
+    }
+    lines: dict[tuple[int, str], dict[str, str]] = {}
+    for name, shown in texts.items():
+        for row in rows_of(SMOLLM2, "perplexity", is_plain, mixed=True, transform="metric", sink=1, bits=2, **shown):
+            text = row["calibration"]
+            if row["device"] != "cpu" and text["passages"] * text["passage_length"] == 2**16:
+                made = f"{text['passages']} passages of {text['passage_length']:,}"
+                key = -row["method"]["residual"], made
+                lines.setdefault(key, {})[name] = f"{row['result']['perplexity']:.2f}"
+    order = sorted(lines, key=lambda key: (key[0], -int(key[1].split()[0])))
+    cells = [
+        [str(-residual), made, *(lines[residual, made].get(name, "") for name in texts)] for residual, made in order
+    ]
+    return table(["residual", "calibrated on", *texts], cells)
 
 
 def metric_needle() -> str:
@@ -366,6 +391,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "tailorkv-needle": tailorkv("needle"),
     "metric-ideas": metric_ideas,
     "metric-needle": metric_needle,
+    "lengths": lengths,
     "unseen": unseen,
     "needle": answers("needle"),
     "ruler": answers("ruler", samples=5),

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -355,7 +356,10 @@ def calibrate(
         int | None, typer.Option(help=f"Passages to run the model over; default: {PASSAGES}, or as the method asks.")
     ] = None,
     passage_length: Annotated[
-        int | None, typer.Option(help=f"Tokens a passage; default: {PASSAGE_LENGTH}, or as the method asks.")
+        int | None,
+        typer.Option(
+            help=f"Tokens a passage: as many as will be read; default: {PASSAGE_LENGTH}, or as the method asks."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
     batch_size: Annotated[int, typer.Option(help="Passages run at a time.")] = 4,
@@ -757,7 +761,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point: runs the command line, turns errors into one line, returns the exit status."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        status = app(args=arguments, prog_name="vecinfer", standalone_mode=False)
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            status = app(args=arguments, prog_name="vecinfer", standalone_mode=False)
     except typer.Exit as stop:
         return stop.exit_code
     except (typer.Abort, KeyboardInterrupt):
@@ -774,6 +780,11 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"vecinfer: {error}", file=sys.stderr)
         return 1
     return int(status or 0)
+
+
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """In one line, without the place in the source."""
+    print(f"vecinfer: {message}", file=sys.stderr)
 
 
 def entry() -> None:

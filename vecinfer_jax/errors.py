@@ -21,6 +21,10 @@ class CalibrationError(VecInferError):
     """A calibration artefact is missing, damaged, or belongs to another model or method."""
 
 
+class CalibrationWarning(UserWarning):
+    """A calibration is used for longer sequences than it was made from."""
+
+
 class CapacityError(VecInferError):
     """More tokens than the cache, or the model, can hold."""
 

@@ -18,14 +18,31 @@ from vecinfer_jax.generation.engine import Engine
 from vecinfer_jax.models.decoder import Decoder
 
 FEW = SparseLayer(tokens=4, channels=3, block=4, residual=3, sink=2)
+IN_BASIS = dataclasses.replace(FEW, basis="principal")
 EVERYTHING = SparseLayer(tokens=1000, channels=1, block=4, residual=3, sink=2)
 ALL_SPARSE = TailorKV(roles=("sparse*3",), tokens=1000, channels=2, sink=2, recent=3, block=4)
+
+
+def some_basis():
+    """Maps whose product is the identity, and a mean."""
+    rng = np.random.default_rng(11)
+    key_map = rng.normal(size=(2, 16, 16))
+    maps = {"key_map": key_map, "query_map": np.linalg.inv(key_map).swapaxes(1, 2), "mean": rng.normal(size=(2, 16))}
+    return {name: x.astype(np.float32) for name, x in maps.items()}
+
+
+BASIS = some_basis()
 
 
 def expected(method, q, k, v, predicted):
     """What decoding one sequence [T, H, D] should give: the definition, in a float64 loop over queries."""
     queries, keys, values, guesses = rotated(q), rotated(k), np.asarray(v, np.float64), rotated(predicted)
     group, dim = q.shape[1] // k.shape[1], q.shape[2]
+    index, asked, guessed = keys, queries, guesses
+    if method.basis == "principal":
+        index = np.einsum("thi,hij->thj", keys - BASIS["mean"], BASIS["key_map"])
+        of_heads = np.repeat(BASIS["query_map"], group, axis=0)
+        asked, guessed = (np.einsum("thi,hij->thj", x, of_heads) for x in (queries, guesses))
     out = np.zeros(q.shape)
     for t in range(len(q)):
         held = max(t + 1 - method.residual - method.sink, 0) // method.block * method.block
@@ -33,9 +50,9 @@ def expected(method, q, k, v, predicted):
         near = np.array([s for s in range(t + 1) if s < method.sink or s >= method.sink + held])
         for h in range(k.shape[1]):
             mine = slice(h * group, (h + 1) * group)
-            peak = np.abs(keys[host, h]).max(0, initial=0)
-            critical = np.argsort(-np.abs(guesses[t, mine].mean(0)) * peak, kind="stable")[: method.channels]
-            scores = keys[host, h][:, critical] @ queries[t, mine].mean(0)[critical]
+            peak = np.abs(index[host, h]).max(0, initial=0)
+            critical = np.argsort(-np.abs(guessed[t, mine].mean(0)) * peak, kind="stable")[: method.channels]
+            scores = index[host, h][:, critical] @ asked[t, mine].mean(0)[critical]
             read = np.concatenate([near, host[np.argsort(-scores, kind="stable")[: method.tokens]]]).astype(int)
             for head in range(mine.start, mine.stop):
                 s = keys[read, h] @ queries[t, head] / np.sqrt(dim)
@@ -45,7 +62,8 @@ def expected(method, q, k, v, predicted):
 
 
 def empty(method, batch, capacity):
-    return jax.jit(lambda: method.init(LAYER, batch, capacity))()
+    calibration = BASIS if method.needs_calibration else None
+    return jax.jit(lambda: method.init(LAYER, batch, capacity, calibration))()
 
 
 def memory_kinds(cache):
@@ -60,20 +78,22 @@ def qkv():
     return random_qkv(2, 38)
 
 
-def test_decoding_reads_what_the_definition_says(qkv):
+@pytest.mark.parametrize("method", [FEW, IN_BASIS], ids=["channels", "principal"])
+def test_decoding_reads_what_the_definition_says(qkv, method):
     q, k, v = qkv
-    out, cache = decode_all(FEW, empty(FEW, 2, 40), q, k, v, [0, 0], 38)
+    out, cache = decode_all(method, empty(method, 2, 40), q, k, v, [0, 0], 38)
     for b in range(2):
-        np.testing.assert_allclose(out[b], expected(FEW, q[b], k[b], v[b], q[b]), atol=1e-5)
+        np.testing.assert_allclose(out[b], expected(method, q[b], k[b], v[b], q[b]), atol=1e-5)
     assert memory_kinds(cache) == PINNED
 
 
+@pytest.mark.parametrize("method", [FEW, IN_BASIS], ids=["channels", "principal"])
 @pytest.mark.parametrize("size", [38, pytest.param(10, marks=pytest.mark.slow)])
-def test_every_query_of_a_prompt_reads_what_decoding_would(qkv, size):
+def test_every_query_of_a_prompt_reads_what_decoding_would(qkv, method, size):
     q, k, v = qkv
-    out, _ = prefill_in_chunks(FEW, empty(FEW, 2, 40), q, k, v, [38, 38], size, "coded")
+    out, _ = prefill_in_chunks(method, empty(method, 2, 40), q, k, v, [38, 38], size, "coded")
     for b in range(2):
-        np.testing.assert_allclose(out[b], expected(FEW, q[b], k[b], v[b], q[b]), atol=1e-5)
+        np.testing.assert_allclose(out[b], expected(method, q[b], k[b], v[b], q[b]), atol=1e-5)
 
 
 def test_channels_are_chosen_by_the_predicted_query_and_tokens_by_the_true_one(qkv):
@@ -190,10 +210,12 @@ def test_the_decode_loop_leaves_the_hosts_arrays_where_they_are():
     assert before.keys.is_deleted()  # given away: written in place
 
 
-def test_with_every_layer_on_the_host_and_the_whole_budget_tokens_are_those_of_full_precision():
-    prompts = small.prompts([20, 45, 7])
+@pytest.mark.parametrize("basis", ["channels", pytest.param("principal", marks=pytest.mark.slow)])
+def test_with_every_layer_on_the_host_and_the_whole_budget_tokens_are_those_of_full_precision(basis):
+    prompts, method = small.prompts([20, 45, 7]), dataclasses.replace(ALL_SPARSE, basis=basis)
+    calibration = small.calibration_of(method) if basis == "principal" else None
     exact = vj.generate(small.model(), prompts, method=vj.FullPrecision(), max_new_tokens=20)
-    ours = vj.generate(small.model(), prompts, method=ALL_SPARSE, max_new_tokens=20)
+    ours = vj.generate(small.model(), prompts, method=method, calibration=calibration, max_new_tokens=20)
     assert ours.tokens == exact.tokens
     np.testing.assert_allclose(np.asarray(ours.logprobs), np.asarray(exact.logprobs), atol=1e-5)
     assert ours.stats.cache_bytes["host"] > 10 * ours.stats.cache_bytes["total"]
@@ -286,6 +308,7 @@ def test_codebooks_are_fitted_for_the_layers_that_take_them():
         ({"threshold": 1.5}, "threshold=1.5"),
         ({"top": -0.1}, "top=-0.1"),
         ({"host": "attic"}, "host='attic'"),
+        ({"basis": "skewed"}, "basis='skewed'"),
         ({"roles": ("sparse", "lazy")}, "'lazy' is no role"),
         ({"roles": "sparse"}, "must be a tuple"),
         ({"roles": ("sparse*0",)}, "is no role"),
@@ -354,10 +377,25 @@ def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
 def test_what_runs_on_the_second_stream_calls_no_function(coded, qkv):
     """XLA gives a call within a call on a second stream no stream at all, and does not compile."""
     method, calibration = coded
-    for layer, fitted in ((method, calibration), (FEW, None)):
+    metric = dataclasses.replace(method, basis="principal")
+    layers = (method, calibration), (FEW, None), (IN_BASIS, BASIS), (metric, calibration | BASIS)
+    for layer, fitted in layers:
         store = layer.init(LAYER, 2, 40, fitted).store
         fetched = jax.make_jaxpr(lambda q, layer=layer, store=store: layer.fetched(store, q, LAYER))(qkv[0][:, 0])
         assert not {"jit", "pjit"}.intersection(equation.primitive.name for equation in fetched.eqns)
+
+
+def test_coded_layers_in_the_basis_read_what_vecinfer_does_where_they_read_everything(coded, qkv):
+    """Decoding, and a prompt as decoding reads it; the mean is taken off codes and exact keys alike."""
+    method = dataclasses.replace(coded[0], basis="principal", tokens=1000)
+    calibration, (q, k, v) = coded[1] | BASIS, qkv
+    want, _ = decode_all(method.codes, method.codes.init(LAYER, 2, 40, calibration), q, k, v, [0, 0], 38)
+    cache = jax.jit(lambda: method.init(LAYER, 2, 40, calibration))()
+    out, _ = decode_all(method, cache, q, k, v, [0, 0], 38)
+    scored, _ = prefill_in_chunks(method, cache, q, k, v, [38, 38], 38, "coded")
+    np.testing.assert_allclose(out, scored, atol=2e-5)
+    whole = np.arange(8, 38, 4)  # where a block is whole, as many tokens are on the host as there are codes
+    np.testing.assert_allclose(out[:, whole], want[:, whole], atol=2e-5)
 
 
 @pytest.mark.slow

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from tests import small
-from vecinfer_jax.caches import FullPrecision, PerLayer, VecInfer
+from vecinfer_jax.caches import FullPrecision, PerLayer, TailorKV, VecInfer
 from vecinfer_jax.caches.vecinfer import smoothing_factors
 from vecinfer_jax.calibration.artefact import Calibration
-from vecinfer_jax.calibration.collect import calibrate, collect_statistics, passages_of
+from vecinfer_jax.calibration.collect import calibrate, collect_statistics, passages_of, text_of
 from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
-from vecinfer_jax.errors import CalibrationError, InputError
+from vecinfer_jax.errors import CalibrationError, CalibrationWarning, InputError
 from vecinfer_jax.models.decoder import Decoder, layer_shape
 
 METHOD = VecInfer(bits=2, transform="smooth-hadamard")
@@ -275,6 +275,35 @@ def test_a_damaged_kept_calibration_is_passed_over_and_made_again(tmp_path, monk
     assert "passed over" in said and "calibrating once" in said
     resolve_calibration(small.model(), method)
     assert capsys.readouterr().err == ""
+
+
+def test_long_sequences_are_calibrated_for_and_short_calibrations_say_so(tmp_path, monkeypatch, capsys):
+    """Of methods whose maps are of the positions they were calibrated on."""
+    monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
+    monkeypatch.setattr("vecinfer_jax.caches.vecinfer.CENTRED_TEXT", (8, 64))
+    lm, method = small.model(), VecInfer(bits=1, residual=0)
+
+    def resolved(tokens, method=method):
+        made = resolve_calibration(lm, method, tokens=tokens, progress=False)
+        return made.metadata["passages"], made.metadata["passage_length"]
+
+    assert [resolved(n) for n in (None, 64, 65, 100)] == [(8, 64), (8, 64), (4, 128), (4, 128)]
+    assert resolved(64) == (8, 64) and resolved(200) == (2, 256)
+    short = resolve_calibration(lm, method, tokens=50)
+    with pytest.warns(CalibrationWarning, match="passages of 64: .* passage_length=256") as warned:
+        assert resolve_calibration(lm, method, short, tokens=129) is short
+    assert "\n" not in str(warned[0].message)
+    resolve_calibration(lm, method, short, tokens=64)
+    paper = VecInfer(bits=1, residual=0, transform="smooth-hadamard")
+    resolve_calibration(lm, paper, small.calibration_of(paper), tokens=500)  # as the paper has it
+    # A longer one serves shorter sequences where there is no other.
+    other = VecInfer(bits=2, residual=0)
+    assert resolved(300, other)[1] == 512 and resolved(100, other)[1] == 512
+    assert text_of(lm, method, 1000) == (2, 1024)
+    assert text_of(lm, TailorKV(roles=("sparse*3",), basis="principal")) == (64, 1024)
+    assert PerLayer(other).fits_positions and not PerLayer(paper).fits_positions
+    assert not TailorKV(roles=("sparse*3",)).fits_positions and TailorKV(quantised=other).fits_positions
 
 
 @pytest.mark.parametrize(

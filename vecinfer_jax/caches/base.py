@@ -217,6 +217,12 @@ class CacheMethod(abc.ABC):
         """Passages, and tokens of one, that this method is calibrated on unless it is said otherwise."""
         return None
 
+    @property
+    def fits_positions(self) -> bool:
+        """Whether what is calibrated serves the positions of the text's passages and no later ones: rotary embeddings
+        turn a key's slow channels with the position, so a mean after RoPE is one of the positions it was taken over."""
+        return False
+
     def survey(self, statistics: Sequence[Any]) -> Sequence[Mapping[str, np.ndarray]]:
         """Arrays of every layer by which `resolved` decides, found before any layer is calibrated."""
         return [{} for _ in statistics]

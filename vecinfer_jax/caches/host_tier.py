@@ -42,12 +42,24 @@ from vecinfer_jax.caches.attention import (
 from vecinfer_jax.caches.base import Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_slots
 from vecinfer_jax.caches.stripes import whole_prompt
-from vecinfer_jax.caches.vecinfer import VecInfer
+from vecinfer_jax.caches.vecinfer import CENTRED_TEXT, VecInfer, sampled_after
 from vecinfer_jax.caches.windowed import WindowedCache, WindowedMethod
+from vecinfer_jax.calibration.metric import metric_map
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.rope import apply_rope
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
+BASES = ("channels", "principal")
+
+
+@struct.dataclass
+class PrincipalBasis:
+    """k' = (k - mean) key_map and q' = q query_map, so that q' . k' = q . (k - mean): what few elements of keys say of
+    scores, these say best."""
+
+    mean: Float32[Array, "Hkv D"] = array_field("codebooks")
+    key_map: Float32[Array, "Hkv D D"] = array_field("codebooks")
+    query_map: Float32[Array, "Hkv D D"] = array_field("codebooks")
 
 
 @struct.dataclass
@@ -55,11 +67,12 @@ class HostStore:
     """Tokens that have left the window; slot n holds position sink + n.
 
     keys, values:     [B, Hkv, S, W] on the host, keys after RoPE; elements, or a byte of code for every two of them.
-    keys_by_channel:  [B, Hkv, W, S] on the host, the same keys.
+    keys_by_channel:  [B, Hkv, W, S] on the host, the same keys, in the basis if there is one.
     key_abs_max:      float32[B, Hkv, D], largest |k_i| of them, in the space in which channels are chosen.
     predicted:        [B, T, Hq, D], queries as `prefetch` expects them, from there to the layer's attention; else None.
     ahead:            what has been fetched for it: int32[B, Hkv, c] channels and [B, Hkv, c, S] keys; else None.
     codebooks:        a `VecInferStore` without codes that reads them, where the host holds codes.
+    basis:            in which exact keys lie by channel, where it is not that of the model.
     """
 
     keys: Shaped[Array, "B Hkv S W"] = array_field("host")
@@ -69,6 +82,7 @@ class HostStore:
     predicted: Float[Array, "B T Hq D"] | None = array_field("state", default=None)
     ahead: tuple[jax.Array, jax.Array] | None = array_field("state", default=None)
     codebooks: Any = None
+    basis: PrincipalBasis | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,12 +93,15 @@ class SparseLayer(WindowedMethod):
     channels: of the keys, by which they are chosen.
     block:    tokens that move to the host at one time: residual to residual + block - 1 recent ones are on the device.
     residual: recent tokens on the device, 1 or more; sink: first tokens on the device.
+    basis:    whose channels those are: the model's own ("channels"), or "principal", ours: of directions in which the
+        calibration's queries and keys are each uncorrelated, few say most about a score.
     implementation: of the operations on the host's memory (`pallas_kernels.host_tier`); None: the best for the device.
     """
 
     tokens: int = 128
     channels: int = 8
     block: int = 64
+    basis: str = "channels"
     implementation: str | None = None
     interpret: bool = False
 
@@ -96,6 +113,8 @@ class SparseLayer(WindowedMethod):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number, 1 or more")
+        if self.basis not in BASES:
+            raise InputError(f"basis={self.basis!r} is unknown; choose from {', '.join(BASES)}")
         known = dispatch.TABLE["attend_rows"]
         if self.implementation is not None and self.implementation not in known:
             raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
@@ -123,10 +142,42 @@ class SparseLayer(WindowedMethod):
     def _how(self, operation: str) -> dict[str, Any]:
         return {"implementation": dispatch.named(operation, self.implementation), "interpret": self.interpret}
 
+    # -- calibration, of the basis
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        return self.basis == "principal"
+
+    @property
+    def fits_positions(self) -> bool:
+        return self.needs_calibration
+
+    @property
+    def calibration_text(self) -> tuple[int, int] | None:
+        return CENTRED_TEXT if self.needs_calibration else None
+
+    def calibration_key(self) -> dict[str, Any]:
+        return {"method": self.name, "basis": self.basis}
+
+    def calibrate_layer(
+        self, layer: LayerShape, statistics: Any, seed: int, shared: Any = None
+    ) -> dict[str, np.ndarray]:
+        # A passage's first key is far from every other: it would move the mean and the principal directions.
+        keys = sampled_after(1, np.asarray(statistics.keys, np.float32), statistics)
+        mean = keys.mean(axis=0)
+        moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
+        key_map, query_map = metric_map(moment, keys - mean, 1)
+        return {"mean": mean, "key_map": key_map, "query_map": query_map}
+
     # -- the store
 
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> HostStore:
-        return self._empty(layer, batch, slots, layer.head_dim, layer.dtype)
+        store = self._empty(layer, batch, slots, layer.head_dim, layer.dtype)
+        if not self.needs_calibration:
+            return store
+        assert calibration is not None
+        maps = {name: jnp.asarray(calibration[name], jnp.float32) for name in ("mean", "key_map", "query_map")}
+        return dataclasses.replace(store, basis=PrincipalBasis(**maps))
 
     @staticmethod
     def _empty(layer: LayerShape, batch: int, slots: int, width: int, dtype: Any) -> HostStore:
@@ -140,23 +191,26 @@ class SparseLayer(WindowedMethod):
 
     def held_form(
         self, store: HostStore, k: Float[Array, "B T Hkv D"], v: Float[Array, "B T Hkv D"], layer: LayerShape
-    ) -> tuple[Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Float[Array, "B Hkv T D"]]:
-        """Keys and values as the host holds them, and keys in the space in which channels are chosen."""
-        del store, layer
+    ) -> tuple[Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Array]:
+        """Keys and values as the host holds them, keys as it holds them by channel, and [B, Hkv, T, D] keys in the
+        space in which channels are chosen."""
         keys, values = k.swapaxes(1, 2), v.swapaxes(1, 2)
-        return keys, values, keys
+        index = self.index_keys(store, keys, layer)
+        return keys, values, index, index
 
     def index_query(self, q: Float[Array, "*rows Hq D"], store: HostStore) -> Float[Array, "*rows Hq D"]:
         """Queries in the space in which channels are chosen."""
-        del store
-        return q
+        return q if store.basis is None else _mapped(q, store.basis.query_map)
 
     def index_keys(
         self, store: HostStore, keys: Float[Array, "B Hkv S D"], layer: LayerShape
     ) -> Float[Array, "B Hkv S D"]:
-        """All keys of a store on the device in that space, `keys` being what `read` gives."""
-        del store, layer
-        return keys
+        """Keys of a store on the device in that space, `keys` being what `read` gives."""
+        del layer
+        if store.basis is None:
+            return keys
+        centred = keys.swapaxes(1, 2).astype(jnp.float32) - store.basis.mean
+        return _mapped(centred, store.basis.key_map).swapaxes(1, 2).astype(keys.dtype)
 
     def append(
         self,
@@ -174,13 +228,13 @@ class SparseLayer(WindowedMethod):
         start, count = jnp.maximum(slots[:, 0], 0), jnp.sum(moved, axis=1)
 
         def move(store: HostStore) -> HostStore:
-            keys, values, index = self.held_form(store, k, v, layer)
+            keys, values, by_channel, index = self.held_form(store, k, v, layer)
             peak = jnp.where(moved[:, None, :, None], jnp.abs(index.astype(jnp.float32)), 0.0).max(axis=2)
             return dataclasses.replace(
                 store,
                 keys=write_slots(store.keys, keys, start, count, axis=2),
                 values=write_slots(store.values, values, start, count, axis=2),
-                keys_by_channel=write_slots(store.keys_by_channel, keys.swapaxes(2, 3), start, count, axis=3),
+                keys_by_channel=write_slots(store.keys_by_channel, by_channel.swapaxes(2, 3), start, count, axis=3),
                 key_abs_max=jnp.maximum(store.key_abs_max, peak),
             )
 
@@ -333,6 +387,7 @@ class SparseLayer(WindowedMethod):
         """
         predicted, cache = cache.store.predicted, _predicting(cache, None)
         q, k = apply_rope(q, chunk.cos, chunk.sin), apply_rope(k, chunk.cos, chunk.sin)
+        k = self.centred(k, cache.store)
         layer, dealt = chunk.layer, self.stripes(chunk.layer)
         k, v, positions = (whole_prompt(x, layer.axes) for x in (k, v, chunk.positions))
         updated = self._append_chunk(k, v, chunk, cache)
@@ -401,16 +456,21 @@ class CodedSparseLayer(SparseLayer):
 
     Channels go in pairs, as codes do: the `channels` pairs with the largest sum of |q_i| max |k_i|, with queries and
     keys smoothed as VecInfer smooths them, but not rotated: a Hadamard matrix spreads what makes channels critical.
+    With basis="principal" the codes are those of transform="metric", whose pairs have one of the directions with the
+    largest variance each, and one of the smallest.
     """
 
     name: ClassVar[str] = "sparse-coded"
-    needs_calibration: ClassVar[bool] = True
 
     @property
     def codes(self) -> VecInfer:
         """The method whose codes these are."""
         how: dict[str, Any] = {"implementation": self.implementation, "interpret": self.interpret}
-        return VecInfer(bits=4, transform="smooth", residual=self.residual, sink=self.sink, **how)
+        transform = "metric" if self.basis == "principal" else "smooth"
+        return VecInfer(bits=4, transform=transform, residual=self.residual, sink=self.sink, **how)
+
+    def centred(self, k: Float[Array, "*B Hkv D"], store: HostStore) -> Float[Array, "*B Hkv D"]:
+        return self.codes.centred(k, store.codebooks)
 
     def validate(self, layer: LayerShape) -> None:
         self.codes.validate(layer)
@@ -419,6 +479,18 @@ class CodedSparseLayer(SparseLayer):
 
     def bits_per_element(self, layer: LayerShape) -> float:
         return 1.5 * self.codes.bits_per_element(layer)
+
+    @property
+    def needs_calibration(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def fits_positions(self) -> bool:
+        return self.codes.fits_positions
+
+    @property
+    def calibration_text(self) -> tuple[int, int] | None:
+        return self.codes.calibration_text
 
     def calibration_key(self) -> dict[str, Any]:
         return self.codes.calibration_key()
@@ -435,11 +507,13 @@ class CodedSparseLayer(SparseLayer):
 
     def held_form(
         self, store: HostStore, k: Float[Array, "B T Hkv D"], v: Float[Array, "B T Hkv D"], layer: LayerShape
-    ) -> tuple[Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Float[Array, "B Hkv T D"]]:
+    ) -> tuple[Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Shaped[Array, "B Hkv T W"], Array]:
         keys, values = self.codes.encode(store.codebooks, k, v)
-        return keys, values, dequantise(keys, store.codebooks.key_codebook, layer.head_dim, layer.dtype)
+        return keys, values, keys, dequantise(keys, store.codebooks.key_codebook, layer.head_dim, layer.dtype)
 
     def index_query(self, q: Float[Array, "*rows Hq D"], store: HostStore) -> Float[Array, "*rows Hq D"]:
+        if store.codebooks.query_map is not None:
+            return _mapped(q, store.codebooks.query_map)
         return self.codes.transform_query(q, store.codebooks)
 
     def index_keys(
@@ -542,6 +616,16 @@ def write_slots(
 
 def _predicting(cache: WindowedCache, predicted: jax.Array | None) -> WindowedCache:
     return dataclasses.replace(cache, store=dataclasses.replace(cache.store, predicted=predicted, ahead=None))
+
+
+def _mapped(x: Float[Array, "*rows n D"], matrix: Float32[Array, "Hkv D D"]) -> Float[Array, "*rows n D"]:
+    """Every head's vectors by the matrix of its KV head, in float32, rounded to x's dtype; without a call, for a second
+    stream (`_beside`)."""
+    heads, dim, _ = matrix.shape
+    grouped = x.astype(jnp.float32).reshape(-1, heads, x.shape[-2] // heads, dim)
+    how = {"precision": jax.lax.Precision.HIGHEST, "preferred_element_type": jnp.float32}
+    out = jax.lax.dot_general(grouped, matrix, (((3,), (1,)), ((1,), (0,))), **how)
+    return out.transpose(1, 0, 2, 3).reshape(x.shape).astype(x.dtype)
 
 
 def _group_mean(q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:

@@ -39,6 +39,7 @@ class TailorKV(LayeredMethod):
     top:        share of the tokens that counts as few in the dense preference (paper: 0.05).
     host:       what lies on the host: "exact" keys and values, or ours, "vecinfer-4": VecInfer's 4-bit codes, a quarter
         of 16 bits to hold and to fetch; `channels` then counts pairs of channels.
+    basis:      whose channels those are: the model's own, "channels" (paper), or ours, "principal" (`SparseLayer`).
     implementation: of the operations on the host's memory; interpret: run Pallas kernels in interpret mode (tests).
 
     The defaults are the paper's for LongBench; `TailorKV.long_context()` has those for InfiniteBench and RULER.
@@ -57,6 +58,7 @@ class TailorKV(LayeredMethod):
     top: float = 0.05
     quantised: CacheMethod | None = None
     host: str = "exact"
+    basis: str = "channels"
     implementation: str | None = None
     interpret: bool = False
 
@@ -99,6 +101,7 @@ class TailorKV(LayeredMethod):
             block=self.block,
             residual=self.recent,
             sink=self.sink,
+            basis=self.basis,
             implementation=self.implementation,
             interpret=self.interpret,
         )
@@ -133,6 +136,10 @@ class TailorKV(LayeredMethod):
     def calibration_text(self) -> tuple[int, int] | None:
         own = CALIBRATION_TEXT if self.roles is None else None
         return joined_text([own, *(m.calibration_text for m in self._used if m.needs_calibration)])
+
+    @property
+    def fits_positions(self) -> bool:
+        return any(m.fits_positions for m in self._used)
 
     def calibration_key(self) -> dict[str, Any]:
         key: dict[str, Any] = {"method": self.name}

@@ -162,6 +162,10 @@ class VecInfer(VectorQuantisedMethod):
     def calibration_text(self) -> tuple[int, int] | None:
         return CENTRED_TEXT if self.centres else None
 
+    @property
+    def fits_positions(self) -> bool:
+        return self.centres
+
     def calibration_key(self) -> dict[str, Any]:
         key = super().calibration_key() | {"transform": self.transform, "scope": self.scope}
         if self.centres:  # sinks are no part of what is fitted
@@ -393,7 +397,7 @@ class VecInfer(VectorQuantisedMethod):
         if self.weighted not in (f"{which}s", "both"):
             return None
         weights = np.asarray(getattr(statistics, f"{which}_weights"), np.float32)
-        weights = np.sqrt(self._after(self.sink, weights, statistics) if self.centres else weights)
+        weights = np.sqrt(sampled_after(self.sink, weights, statistics) if self.centres else weights)
         mean = weights.mean(axis=0)
         return weights / np.where(mean > 0, mean, 1.0)
 
@@ -403,9 +407,9 @@ class VecInfer(VectorQuantisedMethod):
         arrays: dict[str, np.ndarray] = {"smooth": np.ones((layer.num_kv_heads, layer.head_dim), np.float32)}
         if self.centres:
             # A passage's first key is far from every other: it would move the mean and the principal directions.
-            usual = self._after(1, keys, statistics)
+            usual = sampled_after(1, keys, statistics)
             arrays["mean"] = usual.mean(axis=0)
-            keys = self._after(self.sink, keys, statistics) - arrays["mean"]
+            keys = sampled_after(self.sink, keys, statistics) - arrays["mean"]
             if self.maps:
                 moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
                 power = 0.25 if self.transform == "metric" else 0.0
@@ -426,19 +430,11 @@ class VecInfer(VectorQuantisedMethod):
             return arrays, rotate(keys) / smooth
         return arrays, rotate(keys / smooth) if self.rotates else keys / smooth
 
-    @staticmethod
-    def _after(first: int, vectors: np.ndarray, statistics: Any) -> np.ndarray:
-        """Those sampled at position `first` of their passage or later."""
-        after = vectors[np.asarray(statistics.positions) >= first]
-        if not len(after):
-            raise CalibrationError(f"no passage has a token after its first {first}: give longer ones or fewer sinks")
-        return after
-
     def _coded_values(self, statistics: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """The values' rotation, if there is one, and the sampled values as they are encoded."""
         values = np.asarray(statistics.values, np.float32)
         if self.centres:
-            values = self._after(self.sink, values, statistics)
+            values = sampled_after(self.sink, values, statistics)
         if not self.rotate_values:
             return {}, values
         rotation = principal_rotation(values.astype(np.float64), self.value_format.length).astype(np.float32)
@@ -469,6 +465,14 @@ class VecInfer(VectorQuantisedMethod):
             None if v_bias is None else jnp.einsum("hi,hij->hj", v_bias, rotation, precision=exact),
             jnp.einsum("hij,hix->hjx", out, o_kernel, precision=exact),
         )
+
+
+def sampled_after(first: int, vectors: np.ndarray, statistics: Any) -> np.ndarray:
+    """Those of a layer's sampled vectors that stood at position `first` of their passage or later."""
+    after = vectors[np.asarray(statistics.positions) >= first]
+    if not len(after):
+        raise CalibrationError(f"no passage has a token after its first {first}: give longer ones or fewer sinks")
+    return after
 
 
 def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarray, "Hkv D"]:

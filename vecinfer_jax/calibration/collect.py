@@ -27,6 +27,8 @@ from vecinfer_jax.models.layerwise import Layerwise
 DEFAULT_TEXT = "hotpotqa-paragraphs"
 # What a calibration is made from unless it is said otherwise.
 PASSAGES, PASSAGE_LENGTH, SAMPLES = 64, 512, 32768
+# Passages, however long they are.
+FEWEST = 2
 # Passages that are kept as a whole, for methods that want them.
 WINDOWS = 32
 
@@ -89,9 +91,13 @@ def calibrate(
     return fit(lm, method, activations, progress=progress)
 
 
-def text_of(lm: LanguageModel, method: CacheMethod) -> tuple[int, int]:
-    """Passages, and tokens of one, that a method is calibrated on unless it is said otherwise."""
+def text_of(lm: LanguageModel, method: CacheMethod, tokens: int | None = None) -> tuple[int, int]:
+    """Passages, and tokens of one, that a method is calibrated on unless it is said otherwise; where it serves no later
+    positions than the text has, in passages of `tokens` tokens or more, fewer of them."""
     passages, length = method.calibration_text or (PASSAGES, PASSAGE_LENGTH)
+    if tokens is not None and tokens > length and method.fits_positions:
+        longer = 1 << (tokens - 1).bit_length()
+        passages, length = max(passages * length // longer, FEWEST), longer
     return passages, min(length, lm.config.max_position)
 
 

@@ -91,7 +91,7 @@ def answer(
     longest = max(case.tokens for case in cases)
     if longest > lm.config.max_position:
         raise CapacityError(f"a case of {longest} tokens exceeds the model's context of {lm.config.max_position}")
-    model = Layerwise(lm, method, resolve_calibration(lm, method, calibration, progress=progress))
+    model = Layerwise(lm, method, resolve_calibration(lm, method, calibration, tokens=longest, progress=progress))
     answers: dict[int, Answer] = {}
     with tqdm(total=len(cases), desc=task.name, disable=not progress, unit="case") as bar:
         for indices in _batches(cases, batch):

@@ -115,7 +115,7 @@ def code_error(
     Of methods that group keys along tokens: of the tokens in whole groups. Raises `InputError` where there are none.
     """
     n = lm.config.num_layers
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    calibration = resolve_calibration(lm, method, calibration, tokens=windows.shape[1], progress=progress)
     method = method.resolved(calibration.layers)
     methods = [method.for_layer(i, n) for i in range(n)]
     groups = [(getattr(one, "sink", 0), getattr(one, "token_group", 1)) for one in methods]

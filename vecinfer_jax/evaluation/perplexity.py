@@ -84,7 +84,7 @@ def perplexity(
         batch = 1 if lm.layout is None else lm.layout.size("data")
     check_whole("batch", batch)
     texts = text_windows(lm, text, length, windows)
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    calibration = resolve_calibration(lm, method, calibration, tokens=length, progress=progress)
     if reference is not None and [r.shape for r in reference] != [(length, lm.config.hidden_size)] * len(texts):
         raise InputError("reference is of other windows: compute it with full_precision_hidden for these")
     full = Layerwise(lm)

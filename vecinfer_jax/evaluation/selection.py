@@ -122,7 +122,8 @@ def selection_recall(
 
     Raises `InputError` where no layer is in the host's memory, or windows are so short that every token is read.
     """
-    model = _Measured(lm, method, resolve_calibration(lm, method, calibration, progress=progress))
+    calibration = resolve_calibration(lm, method, calibration, tokens=windows.shape[1], progress=progress)
+    model = _Measured(lm, method, calibration)
     measured = model.measured
     if not any(measured):
         raise InputError(f"{method!r} keeps no layer in the host's memory: there is nothing to choose")

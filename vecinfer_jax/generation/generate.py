@@ -335,7 +335,9 @@ def _prefill(
     stop_ids = lm.config.eos_token_ids if options.stop_token_ids is None else list(options.stop_token_ids)
     if any(not 0 <= token < lm.config.vocab_size for token in stop_ids):
         raise InputError(f"a stop token id is outside the vocabulary of {lm.config.vocab_size}")
-    calibration = resolve_calibration(lm, method, options.calibration, progress=options.progress)
+    calibration = resolve_calibration(
+        lm, method, options.calibration, tokens=longest + max_new_tokens, progress=options.progress
+    )
     method = method.resolved(calibration.layers)
     layout = lm.layout if options.mesh is None else layout_of(options.mesh)
     rows = max(batch_size or 0, len(encoded))

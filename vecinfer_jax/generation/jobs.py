@@ -65,7 +65,8 @@ def run_job(
     if leads() and destination.exists() and destination.samefile(source):
         raise InputError(f"{destination} is the input: choose another output")
     records = _read_prompts(lm, Path(source), max_new_tokens, chat)
-    calibration = resolve_calibration(lm, method, calibration, progress=progress)
+    longest = max((len(ids) for _, ids in records), default=0)
+    calibration = resolve_calibration(lm, method, calibration, tokens=longest + max_new_tokens, progress=progress)
     settings = {
         "model": lm.fingerprint,
         "dtype": str(jnp.dtype(lm.dtype)),
