@@ -24,12 +24,14 @@ IMAGES = Path(__file__).parent.parent / "docs" / "images"
 def facts(lm: vj.LanguageModel, calibration: vj.Calibration, windows: Any) -> dict[str, Any]:
     """The calibration's findings, and the selection with every layer on the host."""
     method = vj.TailorKV(roles=(f"sparse*{lm.config.num_layers}",))
-    recall = {
-        str(channels): dataclasses.asdict(
-            vj.evaluate.selection_recall(lm, dataclasses.replace(method, channels=channels), None, windows)
-        )
-        for channels in CHANNELS
-    }
+    ours = dataclasses.replace(method, basis="principal")
+    basis = vj.calibrate(lm, ours, passages=2**15 // windows.shape[1], passage_length=windows.shape[1])
+
+    def recall(method: vj.TailorKV, calibration: vj.Calibration | None) -> dict[str, Any]:
+        wanted = {str(n): dataclasses.replace(method, channels=n) for n in CHANNELS}
+        found = {n: vj.evaluate.selection_recall(lm, one, calibration, windows) for n, one in wanted.items()}
+        return {n: dataclasses.asdict(result) for n, result in found.items()}
+
     made = {name: calibration.metadata[name] for name in ("model", "text", "passages", "passage_length", "seed")}
     return {
         "calibration": made,
@@ -37,7 +39,8 @@ def facts(lm: vj.LanguageModel, calibration: vj.Calibration, windows: Any) -> di
         "threshold": method.threshold,
         "windows": list(windows.shape),
         "tokens": method.tokens,
-        "by_channels": recall,
+        "by_channels": recall(method, None),
+        "by_channels_in_principal_basis": recall(ours, basis),
     }
 
 

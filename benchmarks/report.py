@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import performance
+import results
 from performance import table
 
 from vecinfer_jax.evaluation.report import USUAL_CALIBRATION, label_table, mean_and_spread, method_label, task_table
@@ -260,6 +261,19 @@ def tailorkv(task: str) -> Callable[[], str]:
     return make
 
 
+def recalls() -> str:
+    """How much of the attention that host tokens could get the chosen ones do, by channels and their basis."""
+    cells = []
+    for file in sorted(results.ROOT.glob("*/layer-roles-*.json")):
+        found = json.loads(file.read_text())
+        for key, basis in (("by_channels", "channels"), ("by_channels_in_principal_basis", "principal")):
+            for channels, measured in found.get(key, {}).items():
+                shares = [f"{100 * measured[name]:.1f}" for name in ("recall", "kept", "best")]
+                cells.append([found["calibration"]["model"]["name"], basis, channels, *shares])
+    about = ["recall, %", "attention read, %", "at best, %"]
+    return table(["model", "basis", "channels", *about], cells)
+
+
 def name_of(method: str) -> Callable[[dict[str, Any]], bool]:
     return lambda row: row["method"]["name"] == method
 
@@ -355,10 +369,11 @@ def metric_needle() -> str:
     for row in rows_of(SMOLLM2, "needle", mixed=True, transform="metric", samples=3, prefill="coded"):
         method, result = row["method"], row["result"]
         name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in beside(method).items()) or "none"
+        text = f"{row['calibration']['passages']} of {row['calibration']['passage_length']:,}"
         found = f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"
-        cells.append([f"{result['bits_per_element']:g}", str(method["residual"]), name, *found, where(row)])
-    cells.sort(key=lambda line: (-int(line[1]), float(line[4])))
-    return table(["bits", "residual", "beside the transform", "found", "gold NLL, nats a case", "device"], cells)
+        cells.append([str(method["residual"]), name, text, *found, where(row)])
+    cells.sort(key=lambda line: (-int(line[0]), float(line[4])))
+    return table(["residual", "beside the transform", "passages", "found", "gold NLL, nats a case", "device"], cells)
 
 
 def formats() -> str:
@@ -389,6 +404,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "kvquant": kvquant,
     "tailorkv": tailorkv("perplexity"),
     "tailorkv-needle": tailorkv("needle"),
+    "tailorkv-recall": recalls,
     "metric-ideas": metric_ideas,
     "metric-needle": metric_needle,
     "lengths": lengths,

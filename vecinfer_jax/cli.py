@@ -1,5 +1,6 @@
 """The `vecinfer` command. Errors are one line on stderr and exit status 1."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -7,13 +8,14 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vecinfer_jax.calibration.collect import PASSAGE_LENGTH, PASSAGES, SAMPLES
-from vecinfer_jax.errors import InputError, VecInferError
+from vecinfer_jax.errors import CalibrationWarning, InputError, VecInferError
 
 # What typer raises for a misuse of the command line, whether it carries its own click or imports it.
 _UsageError: Any = typer.BadParameter.__base__
@@ -425,7 +427,7 @@ def evaluate_perplexity(
     )
     content = _read_text(text)
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed, make_layout(mesh))
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed, make_layout(mesh), lambda lm: length)
     result = evaluation.perplexity(
         lm,
         chosen,
@@ -693,8 +695,10 @@ def _load(
     quiet: bool,
     seed: int | None = None,
     layout: Any = None,
+    tokens: Callable[[Any], int] | None = None,
 ) -> tuple[Any, Any]:
-    """The model, and the given calibration checked against it, or one of the seed that is asked for."""
+    """The model, and the given calibration checked against it, or one of the seed that is asked for, for sequences as
+    long as `tokens` says of the model."""
     from vecinfer_jax import models
     from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
 
@@ -703,7 +707,10 @@ def _load(
     lm = models.load(model, dtype, progress=not quiet, mesh=layout)
     if directory is not None:
         return lm, load_calibration(directory, lm, method)
-    return lm, None if seed is None else resolve_calibration(lm, method, seed=seed, progress=not quiet)
+    if seed is None:
+        return lm, None
+    reach = None if tokens is None else tokens(lm)
+    return lm, resolve_calibration(lm, method, tokens=reach, seed=seed, progress=not quiet)
 
 
 def _run_task(
@@ -723,8 +730,16 @@ def _run_task(
     from vecinfer_jax import evaluation
 
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, method, directory, quiet, seed, make_layout(mesh))
-    result = evaluation.answer(lm, task, method, fitted, prefill=prefill, batch=batch, progress=not quiet)
+    cases: list[Any] = []
+
+    def longest(lm: Any) -> int:
+        cases.extend(task.cases(lm))
+        return max(case.tokens for case in cases)
+
+    lm, fitted = _load(model, dtype, method, directory, quiet, seed, make_layout(mesh), longest)
+    result = evaluation.answer(
+        lm, task, method, fitted, prefill=prefill, batch=batch, cases=cases or None, progress=not quiet
+    )
     if json_out is None or str(json_out) != "-":
         if result.answered:
             print(f"score             {result.score:g} of {result.answered}")
@@ -761,8 +776,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry point: runs the command line, turns errors into one line, returns the exit status."""
     arguments = (sys.argv[1:] if arguments is None else arguments) or ["--help"]
     try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
+        with _warnings_in_a_line():
             status = app(args=arguments, prog_name="vecinfer", standalone_mode=False)
     except typer.Exit as stop:
         return stop.exit_code
@@ -782,9 +796,20 @@ def main(arguments: list[str] | None = None) -> int:
     return int(status or 0)
 
 
-def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    """In one line, without the place in the source."""
-    print(f"vecinfer: {message}", file=sys.stderr)
+@contextlib.contextmanager
+def _warnings_in_a_line() -> Iterator[None]:
+    """Ours without their place in the source."""
+    with warnings.catch_warnings():
+        usual = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
+            if issubclass(category, CalibrationWarning):
+                print(f"vecinfer: {message}", file=sys.stderr)
+            else:
+                usual(message, category, *place, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def entry() -> None:

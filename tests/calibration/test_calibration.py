@@ -13,7 +13,7 @@ from vecinfer_jax.caches.vecinfer import smoothing_factors
 from vecinfer_jax.calibration.artefact import Calibration
 from vecinfer_jax.calibration.collect import calibrate, collect_statistics, passages_of, text_of
 from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
-from vecinfer_jax.errors import CalibrationError, CalibrationWarning, InputError
+from vecinfer_jax.errors import AssetError, CalibrationError, CalibrationWarning, InputError
 from vecinfer_jax.models.decoder import Decoder, layer_shape
 
 METHOD = VecInfer(bits=2, transform="smooth-hadamard")
@@ -291,19 +291,54 @@ def test_long_sequences_are_calibrated_for_and_short_calibrations_say_so(tmp_pat
     assert [resolved(n) for n in (None, 64, 65, 100)] == [(8, 64), (8, 64), (4, 128), (4, 128)]
     assert resolved(64) == (8, 64) and resolved(200) == (2, 256)
     short = resolve_calibration(lm, method, tokens=50)
-    with pytest.warns(CalibrationWarning, match="passages of 64: .* passage_length=256") as warned:
+    with pytest.warns(CalibrationWarning, match="passages of 64 tokens, .* passages=2, passage_length=256") as warned:
         assert resolve_calibration(lm, method, short, tokens=129) is short
     assert "\n" not in str(warned[0].message)
     resolve_calibration(lm, method, short, tokens=64)
     paper = VecInfer(bits=1, residual=0, transform="smooth-hadamard")
     resolve_calibration(lm, paper, small.calibration_of(paper), tokens=500)  # as the paper has it
-    # A longer one serves shorter sequences where there is no other.
+    assert text_of(lm, method, 1000) == (2, 1024) == text_of(lm, method, 5000)
+    assert text_of(lm, VecInfer(bits=1, refine="kl"), 1000) == (2, 1024)
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.LONGEST_DESCENT", 128)
+    assert text_of(lm, VecInfer(bits=1, refine="kl"), 1000) == (4, 128)
     other = VecInfer(bits=2, residual=0)
-    assert resolved(300, other)[1] == 512 and resolved(100, other)[1] == 512
-    assert text_of(lm, method, 1000) == (2, 1024)
     assert text_of(lm, TailorKV(roles=("sparse*3",), basis="principal")) == (64, 1024)
-    assert PerLayer(other).fits_positions and not PerLayer(paper).fits_positions
-    assert not TailorKV(roles=("sparse*3",)).fits_positions and TailorKV(quantised=other).fits_positions
+    assert PerLayer(other).bound_to_positions and not PerLayer(paper).bound_to_positions
+    assert not TailorKV(roles=("sparse*3",)).bound_to_positions and TailorKV(quantised=other).bound_to_positions
+
+
+def test_where_none_can_be_made_a_shorter_one_serves_with_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
+    monkeypatch.setattr("vecinfer_jax.caches.vecinfer.CENTRED_TEXT", (8, 64))
+    lm, method = small.model(), VecInfer(bits=1, residual=0)
+
+    def offline(seed):
+        raise AssetError("no network")
+
+    def used():
+        return resolve_calibration(lm, method, tokens=200, progress=False)
+
+    with monkeypatch.context() as without_text:
+        without_text.setattr("vecinfer_jax.calibration.collect.default_texts", offline)
+        with pytest.raises(AssetError):
+            used()
+    short = resolve_calibration(lm, method, progress=False)
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", offline)
+    with pytest.warns(CalibrationWarning, match="passages of 64 tokens"):
+        assert used().digest == short.digest
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
+    monkeypatch.setattr("vecinfer_jax.calibration.store._several_processes", lambda: True)
+    with pytest.warns(CalibrationWarning, match="passages of 64 tokens"):
+        assert used().digest == short.digest
+
+
+def test_a_text_shorter_than_a_passage_reaches_no_farther_than_it_goes():
+    lm, method = small.model(), VecInfer(bits=1)
+    made = calibrate(lm, method, small.texts(), passages=1, passage_length=1024, progress=False)
+    assert made.metadata["longest_passage"] < 1024
+    with pytest.warns(CalibrationWarning, match=f"passages of {made.metadata['longest_passage']} tokens"):
+        resolve_calibration(lm, method, made, tokens=1000)
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,16 @@ CONFIG = dataclasses.replace(
             ("fetch_channels", "_xla_stream_annotation", "pinned_host"),
             marks=pytest.mark.slow,
         ),
+        pytest.param(
+            TailorKV(roles=("sparse*2",), implementation="triton", basis="principal"),
+            ("fetch_channels", "_xla_stream_annotation", "pinned_host"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            TailorKV(roles=("sparse*2",), implementation="triton", host="vecinfer-4", basis="principal"),
+            ("fetch_channels", "_xla_stream_annotation", "pinned_host"),
+            marks=pytest.mark.slow,
+        ),
     ],
     ids=[
         "vecinfer-mosaic_gpu",
@@ -52,6 +62,8 @@ CONFIG = dataclasses.replace(
         "kvquant-triton",
         "sparse",
         "sparse-codes",
+        "sparse-principal",
+        "sparse-codes-principal",
     ],
 )
 def test_a_step_and_a_prompt_lower_for_cuda(method, kernels, monkeypatch):

@@ -218,7 +218,7 @@ class CacheMethod(abc.ABC):
         return None
 
     @property
-    def fits_positions(self) -> bool:
+    def bound_to_positions(self) -> bool:
         """Whether what is calibrated serves the positions of the text's passages and no later ones: rotary embeddings
         turn a key's slow channels with the position, so a mean after RoPE is one of the positions it was taken over."""
         return False

@@ -42,9 +42,8 @@ from vecinfer_jax.caches.attention import (
 from vecinfer_jax.caches.base import Chunk, LayerCalibration, LayerShape, array_field
 from vecinfer_jax.caches.rows import read_slots
 from vecinfer_jax.caches.stripes import whole_prompt
-from vecinfer_jax.caches.vecinfer import CENTRED_TEXT, VecInfer, sampled_after
+from vecinfer_jax.caches.vecinfer import CENTRED_TEXT, VecInfer, centred_maps
 from vecinfer_jax.caches.windowed import WindowedCache, WindowedMethod
-from vecinfer_jax.calibration.metric import metric_map
 from vecinfer_jax.errors import InputError
 from vecinfer_jax.rope import apply_rope
 
@@ -54,8 +53,8 @@ BASES = ("channels", "principal")
 
 @struct.dataclass
 class PrincipalBasis:
-    """k' = (k - mean) key_map and q' = q query_map, so that q' . k' = q . (k - mean): what few elements of keys say of
-    scores, these say best."""
+    """k' = (k - mean) key_map and q' = q query_map, so that q' . k' = q . (k - mean); a few elements of k' come closer
+    to a score than as many of k do."""
 
     mean: Float32[Array, "Hkv D"] = array_field("codebooks")
     key_map: Float32[Array, "Hkv D D"] = array_field("codebooks")
@@ -72,7 +71,7 @@ class HostStore:
     predicted:        [B, T, Hq, D], queries as `prefetch` expects them, from there to the layer's attention; else None.
     ahead:            what has been fetched for it: int32[B, Hkv, c] channels and [B, Hkv, c, S] keys; else None.
     codebooks:        a `VecInferStore` without codes that reads them, where the host holds codes.
-    basis:            in which exact keys lie by channel, where it is not that of the model.
+    basis:            of `keys_by_channel`, where the host holds exact keys and the basis is not the model's own.
     """
 
     keys: Shaped[Array, "B Hkv S W"] = array_field("host")
@@ -93,8 +92,8 @@ class SparseLayer(WindowedMethod):
     channels: of the keys, by which they are chosen.
     block:    tokens that move to the host at one time: residual to residual + block - 1 recent ones are on the device.
     residual: recent tokens on the device, 1 or more; sink: first tokens on the device.
-    basis:    whose channels those are: the model's own ("channels"), or "principal", ours: of directions in which the
-        calibration's queries and keys are each uncorrelated, few say most about a score.
+    basis:    whose channels those are: the model's own ("channels", the paper), or "principal", ours: the directions of
+        VecInfer's metric transform, in which the calibration's keys are uncorrelated, weighted by its queries.
     implementation: of the operations on the host's memory (`pallas_kernels.host_tier`); None: the best for the device.
     """
 
@@ -149,7 +148,7 @@ class SparseLayer(WindowedMethod):
         return self.basis == "principal"
 
     @property
-    def fits_positions(self) -> bool:
+    def bound_to_positions(self) -> bool:
         return self.needs_calibration
 
     @property
@@ -162,12 +161,7 @@ class SparseLayer(WindowedMethod):
     def calibrate_layer(
         self, layer: LayerShape, statistics: Any, seed: int, shared: Any = None
     ) -> dict[str, np.ndarray]:
-        # A passage's first key is far from every other: it would move the mean and the principal directions.
-        keys = sampled_after(1, np.asarray(statistics.keys, np.float32), statistics)
-        mean = keys.mean(axis=0)
-        moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
-        key_map, query_map = metric_map(moment, keys - mean, 1)
-        return {"mean": mean, "key_map": key_map, "query_map": query_map}
+        return centred_maps(statistics, 1) if self.needs_calibration else {}
 
     # -- the store
 
@@ -485,8 +479,8 @@ class CodedSparseLayer(SparseLayer):
         return True
 
     @property
-    def fits_positions(self) -> bool:
-        return self.codes.fits_positions
+    def bound_to_positions(self) -> bool:
+        return self.codes.bound_to_positions
 
     @property
     def calibration_text(self) -> tuple[int, int] | None:

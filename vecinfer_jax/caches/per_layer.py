@@ -76,8 +76,8 @@ class PerLayer(LayeredMethod):
         return joined_text(m.calibration_text for m in self._methods)
 
     @property
-    def fits_positions(self) -> bool:
-        return any(m.fits_positions for m in self._methods)
+    def bound_to_positions(self) -> bool:
+        return any(m.bound_to_positions for m in self._methods)
 
     def findings(self, layers: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
         return {name: found for m in self._methods for name, found in m.findings(layers).items()}

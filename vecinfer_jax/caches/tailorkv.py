@@ -58,7 +58,7 @@ class TailorKV(LayeredMethod):
     top: float = 0.05
     quantised: CacheMethod | None = None
     host: str = "exact"
-    basis: str = "channels"
+    basis: str = dataclasses.field(default="channels", metadata={"later": True})
     implementation: str | None = None
     interpret: bool = False
 
@@ -138,8 +138,8 @@ class TailorKV(LayeredMethod):
         return joined_text([own, *(m.calibration_text for m in self._used if m.needs_calibration)])
 
     @property
-    def fits_positions(self) -> bool:
-        return any(m.fits_positions for m in self._used)
+    def bound_to_positions(self) -> bool:
+        return any(m.bound_to_positions for m in self._used)
 
     def calibration_key(self) -> dict[str, Any]:
         key: dict[str, Any] = {"method": self.name}

@@ -163,7 +163,7 @@ class VecInfer(VectorQuantisedMethod):
         return CENTRED_TEXT if self.centres else None
 
     @property
-    def fits_positions(self) -> bool:
+    def bound_to_positions(self) -> bool:
         return self.centres
 
     def calibration_key(self) -> dict[str, Any]:
@@ -406,15 +406,10 @@ class VecInfer(VectorQuantisedMethod):
         keys = np.asarray(statistics.keys, np.float32)
         arrays: dict[str, np.ndarray] = {"smooth": np.ones((layer.num_kv_heads, layer.head_dim), np.float32)}
         if self.centres:
-            # A passage's first key is far from every other: it would move the mean and the principal directions.
-            usual = sampled_after(1, keys, statistics)
-            arrays["mean"] = usual.mean(axis=0)
+            power = 0.25 if self.transform == "metric" else 0.0
+            arrays |= centred_maps(statistics, self.key_format.length, power) if self.maps else centre(statistics)
             keys = sampled_after(self.sink, keys, statistics) - arrays["mean"]
             if self.maps:
-                moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
-                power = 0.25 if self.transform == "metric" else 0.0
-                maps = metric_map(moment, usual - arrays["mean"], self.key_format.length, power)
-                arrays["key_map"], arrays["query_map"] = maps
                 return arrays, np.einsum("nhi,hij->nhj", keys, arrays["key_map"])
 
         def rotate(x: np.ndarray) -> np.ndarray:
@@ -473,6 +468,19 @@ def sampled_after(first: int, vectors: np.ndarray, statistics: Any) -> np.ndarra
     if not len(after):
         raise CalibrationError(f"no passage has a token after its first {first}: give longer ones or fewer sinks")
     return after
+
+
+def centre(statistics: Any) -> dict[str, np.ndarray]:
+    """The mean of a layer's keys, but for a passage's first, which is far from every other."""
+    return {"mean": sampled_after(1, np.asarray(statistics.keys, np.float32), statistics).mean(axis=0)}
+
+
+def centred_maps(statistics: Any, length: int, power: float = 0.25) -> dict[str, np.ndarray]:
+    """That mean, and the maps of `metric_map` for sub-vectors of `length`."""
+    centred = sampled_after(1, np.asarray(statistics.keys, np.float32), statistics) - centre(statistics)["mean"]
+    moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
+    key_map, query_map = metric_map(moment, centred, length, power)
+    return centre(statistics) | {"key_map": key_map, "query_map": query_map}
 
 
 def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarray, "Hkv D"]:

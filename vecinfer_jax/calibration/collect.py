@@ -27,8 +27,9 @@ from vecinfer_jax.models.layerwise import Layerwise
 DEFAULT_TEXT = "hotpotqa-paragraphs"
 # What a calibration is made from unless it is said otherwise.
 PASSAGES, PASSAGE_LENGTH, SAMPLES = 64, 512, 32768
-# Passages, however long they are.
-FEWEST = 2
+# Where passages are as long as what will be read: how many at least, and how long at most, also where descent goes
+# through whole ones. What is read beyond is warned of.
+FEWEST_PASSAGES, LONGEST, LONGEST_DESCENT = 2, 32768, 4096
 # Passages that are kept as a whole, for methods that want them.
 WINDOWS = 32
 
@@ -95,9 +96,11 @@ def text_of(lm: LanguageModel, method: CacheMethod, tokens: int | None = None) -
     """Passages, and tokens of one, that a method is calibrated on unless it is said otherwise; where it serves no later
     positions than the text has, in passages of `tokens` tokens or more, fewer of them."""
     passages, length = method.calibration_text or (PASSAGES, PASSAGE_LENGTH)
-    if tokens is not None and tokens > length and method.fits_positions:
-        longer = 1 << (tokens - 1).bit_length()
-        passages, length = max(passages * length // longer, FEWEST), longer
+    if tokens is not None and method.bound_to_positions:
+        longest = LONGEST_DESCENT if "windows" in method.wanted_statistics() else LONGEST
+        longer = min(1 << (tokens - 1).bit_length(), longest, lm.config.max_position)
+        if longer > length:
+            passages, length = max(passages * length // longer, FEWEST_PASSAGES), longer
     return passages, min(length, lm.config.max_position)
 
 
@@ -164,6 +167,7 @@ def collect(
         "text": {"name": text_name, "sha256": digest.hexdigest()},
         "passages": count,
         "passage_length": passage_length,
+        "longest_passage": max(map(len, rows[:count])),
         "samples": samples,
         "seed": seed,
         "dtype": str(jnp.dtype(lm.dtype)),

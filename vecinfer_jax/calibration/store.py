@@ -9,12 +9,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from vecinfer_jax import assets
 from vecinfer_jax.caches.base import CacheMethod
 from vecinfer_jax.calibration.artefact import Calibration, read_calibration, read_metadata
 from vecinfer_jax.calibration.collect import SAMPLES, calibrate, text_of
-from vecinfer_jax.errors import CalibrationError, CalibrationWarning, InputError, check_seed
+from vecinfer_jax.errors import AssetError, CalibrationError, CalibrationWarning, InputError, check_seed
 from vecinfer_jax.models import LanguageModel
+
+# Tokens that are run at a time where passages are long.
+BATCH_TOKENS = 2**14
 
 
 def load_calibration(directory: str | Path, lm: LanguageModel, method: CacheMethod | None = None) -> Calibration:
@@ -40,49 +45,70 @@ def resolve_calibration(
     """The calibration to use: the given one (checked), a shipped or kept one, or one made now and kept.
 
     `tokens`: how long the longest sequence will be. Methods that serve no later positions than those they were
-    calibrated on (`CacheMethod.fits_positions`) are calibrated on passages as long; a given calibration of shorter ones
-    is used with a `CalibrationWarning`.
+    calibrated on (`CacheMethod.bound_to_positions`) are calibrated on passages as long, up to 32,768 tokens. One of
+    shorter passages that is given, or that is all there is where none can be made, is used with a `CalibrationWarning`.
     `seed` asks for one made with that seed and `calibrate`'s defaults, so that seeds can be compared; without it any
     will do, also one made from more text.
     """
     if seed is not None:
         check_seed(seed)
+    tokens = None if tokens is None else min(tokens, lm.config.max_position)
     if not method.needs_calibration:
         return Calibration(tuple({} for _ in range(lm.config.num_layers)), {"method": method.calibration_key()})
     if calibration is not None:
         calibration.check(lm.fingerprint, method.calibration_key())
-        if not _reaches(calibration.metadata, method, tokens):
-            length = text_of(lm, method, tokens)[1]
-            warnings.warn(
-                f"sequences of {tokens:,} tokens, but {method.name} is calibrated on passages of "
-                f"{calibration.metadata['passage_length']:,}: quality falls beyond them; calibrate with "
-                f"passage_length={length}",
-                CalibrationWarning,
-                stacklevel=3,
-            )
-        return calibration
+        return _reaching(calibration, lm, method, tokens)
     found = find_calibration(lm, method, seed, tokens)
     if found is not None:
         return found
     passages, length = text_of(lm, method, tokens)
+    shorter = None if tokens is None else find_calibration(lm, method, seed)
+    if shorter is not None and _several_processes():  # where none can be made
+        return _reaching(shorter, lm, method, tokens)
     destination = kept_directory(lm, method, seed, length)
     if progress:
         _say(
             f"no calibration of {lm.name} for {method.name} on passages of {length:,} tokens yet: calibrating once, "
             f"kept in {destination}"
         )
-    made = calibrate(lm, method, passages=passages, passage_length=length, seed=seed or 0, progress=progress)
+    batch = max(1, min(4, BATCH_TOKENS // length))
+    try:
+        made = calibrate(
+            lm, method, passages=passages, passage_length=length, batch=batch, seed=seed or 0, progress=progress
+        )
+    except AssetError:  # no text
+        if shorter is None:
+            raise
+        return _reaching(shorter, lm, method, tokens)
     try:
         made.save(destination, force=True)
     except InputError as error:
         _say(f"the calibration is used but not kept: {error}")
-    return made
+    return _reaching(made, lm, method, tokens)
+
+
+def _reach(metadata: Mapping[str, Any]) -> int | None:
+    """The longest passage of a calibration."""
+    return metadata.get("longest_passage", metadata.get("passage_length"))
 
 
 def _reaches(metadata: Mapping[str, Any], method: CacheMethod, tokens: int | None) -> bool:
     """Whether a calibration serves sequences of so many tokens."""
-    length = metadata.get("passage_length")
-    return tokens is None or length is None or tokens <= length or not method.fits_positions
+    length = _reach(metadata)
+    return tokens is None or length is None or tokens <= length or not method.bound_to_positions
+
+
+def _reaching(calibration: Calibration, lm: LanguageModel, method: CacheMethod, tokens: int | None) -> Calibration:
+    """The calibration, with a warning where it does not reach that far."""
+    if not _reaches(calibration.metadata, method, tokens):
+        passages, length = text_of(lm, method, tokens)
+        warnings.warn(
+            f"{method.name} is calibrated on passages of {_reach(calibration.metadata):,} tokens, but {tokens:,} are "
+            f"read: quality falls beyond; calibrate with passages={passages}, passage_length={length} or longer",
+            CalibrationWarning,
+            stacklevel=4,
+        )
+    return calibration
 
 
 def find_calibration(
@@ -96,10 +122,9 @@ def find_calibration(
     key = method.calibration_key()
     # What artefacts of different seeds have in common that can be compared.
     passages, length = text_of(lm, method, tokens)
-    lengths = dict.fromkeys(min(length << i, lm.config.max_position) for i in range(32))  # longer ones serve, too
-    kept = [kept_directory(lm, method, seed, each) for each in lengths]
+    kept = kept_directory(lm, method, seed, length)
     default = {"seed": seed, "passages": passages, "passage_length": length, "samples": SAMPLES}
-    for directory in [*shipped(), *(each for each in kept if each.is_dir())]:
+    for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
             seeded = seed is None or {name: metadata.get(name) for name in default} == default
@@ -109,6 +134,10 @@ def find_calibration(
         except CalibrationError as error:
             _say(f"passed over: {error}")
     return None
+
+
+def _several_processes() -> bool:
+    return jax.process_count() > 1
 
 
 def _say(message: str) -> None:

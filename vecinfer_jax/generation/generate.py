@@ -336,7 +336,7 @@ def _prefill(
     if any(not 0 <= token < lm.config.vocab_size for token in stop_ids):
         raise InputError(f"a stop token id is outside the vocabulary of {lm.config.vocab_size}")
     calibration = resolve_calibration(
-        lm, method, options.calibration, tokens=longest + max_new_tokens, progress=options.progress
+        lm, method, options.calibration, tokens=longest + max_new_tokens - 1, progress=options.progress
     )
     method = method.resolved(calibration.layers)
     layout = lm.layout if options.mesh is None else layout_of(options.mesh)

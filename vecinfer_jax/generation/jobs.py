@@ -66,7 +66,7 @@ def run_job(
         raise InputError(f"{destination} is the input: choose another output")
     records = _read_prompts(lm, Path(source), max_new_tokens, chat)
     longest = max((len(ids) for _, ids in records), default=0)
-    calibration = resolve_calibration(lm, method, calibration, tokens=longest + max_new_tokens, progress=progress)
+    calibration = resolve_calibration(lm, method, calibration, tokens=longest + max_new_tokens - 1, progress=progress)
     settings = {
         "model": lm.fingerprint,
         "dtype": str(jnp.dtype(lm.dtype)),
