@@ -307,6 +307,19 @@ def test_long_sequences_are_calibrated_for_and_short_calibrations_say_so(tmp_pat
     assert not TailorKV(roles=("sparse*3",)).bound_to_positions and TailorKV(quantised=other).bound_to_positions
 
 
+def test_sequences_longer_than_any_calibration_are_calibrated_for_once_and_said_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))
+    monkeypatch.setattr("vecinfer_jax.calibration.collect.LONGEST", 128)
+    monkeypatch.setattr("vecinfer_jax.caches.vecinfer.CENTRED_TEXT", (8, 64))
+    made = []
+    for _ in range(2):
+        with pytest.warns(CalibrationWarning, match="passages of 128 tokens, but 200"):
+            made.append(resolve_calibration(small.model(), VecInfer(bits=1, residual=0), tokens=200))
+    assert made[0].digest == made[1].digest
+    assert capsys.readouterr().err.count("calibrating once") == 1
+
+
 def test_where_none_can_be_made_a_shorter_one_serves_with_a_warning(tmp_path, monkeypatch):
     monkeypatch.setenv("VECINFER_CACHE", str(tmp_path))
     monkeypatch.setattr("vecinfer_jax.calibration.collect.default_texts", lambda seed: iter(small.texts()))

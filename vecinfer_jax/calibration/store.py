@@ -60,7 +60,7 @@ def resolve_calibration(
         return _reaching(calibration, lm, method, tokens)
     found = find_calibration(lm, method, seed, tokens)
     if found is not None:
-        return found
+        return _reaching(found, lm, method, tokens)
     passages, length = text_of(lm, method, tokens)
     shorter = None if tokens is None else find_calibration(lm, method, seed)
     if shorter is not None and _several_processes():  # where none can be made
@@ -123,13 +123,14 @@ def find_calibration(
     # What artefacts of different seeds have in common that can be compared.
     passages, length = text_of(lm, method, tokens)
     kept = kept_directory(lm, method, seed, length)
+    needed = min(tokens, length) if tokens is not None and method.bound_to_positions else 0
     default = {"seed": seed, "passages": passages, "passage_length": length, "samples": SAMPLES}
     for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
             seeded = seed is None or {name: metadata.get(name) for name in default} == default
             ours = metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key
-            if ours and seeded and _reaches(metadata, method, tokens):
+            if ours and seeded and metadata["passage_length"] >= needed:
                 return load_calibration(directory, lm, method)
         except CalibrationError as error:
             _say(f"passed over: {error}")
