@@ -236,7 +236,7 @@ def tailorkv(task: str) -> Callable[[], str]:
 
     def make() -> str:
         cells = []
-        for row in rows_of(SMOLLM2, task, name_of("tailorkv")):
+        for row in rows_of(SMOLLM2, task, name_of("tailorkv"), mixed=True):
             method, result = row["method"], row["result"]
             quantised = method["roles"].count("quantised") if method["roles"] else 0
             layers = f"{quantised} at {method['bits']} bit" if quantised else "none"
@@ -253,6 +253,7 @@ def tailorkv(task: str) -> Callable[[], str]:
             bits = f"{result['bits_per_element']:.4g}"
             basis = method.get("basis", "channels")
             cells.append([layers, *settings, method["host"], basis, bits, *numbers])
+        cells = [list(line) for line in dict.fromkeys(map(tuple, cells))]  # some were measured on two devices
         cells.sort(key=lambda line: (line[0] != "none", line[0], -int(line[1]), int(line[2]), line[6], line[8]))
         about = ["quantised layers", "tokens", "channels", "sink", "recent", "host", "basis", "bits"]
         measured = {"perplexity": ["perplexity", "KL, nats", "top-1 agreement, %"]}
