@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import performance
-import results
 from performance import table
 
 from vecinfer_jax.evaluation.report import USUAL_CALIBRATION, label_table, mean_and_spread, method_label, task_table
@@ -265,7 +264,7 @@ def tailorkv(task: str) -> Callable[[], str]:
 def recalls() -> str:
     """How much of the attention that host tokens could get the chosen ones do, by channels and their basis."""
     cells = []
-    for file in sorted(results.ROOT.glob("*/layer-roles-*.json")):
+    for file in sorted((ROOT / "results").glob("*/layer-roles-*.json")):
         found = json.loads(file.read_text())
         for key, basis in (("by_channels", "channels"), ("by_channels_in_principal_basis", "principal")):
             for channels, measured in found.get(key, {}).items():

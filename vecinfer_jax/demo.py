@@ -6,6 +6,7 @@ from vecinfer_jax.caches import CacheMethod, FullPrecision
 from vecinfer_jax.calibration.store import resolve_calibration
 from vecinfer_jax.evaluation.perplexity import agreement
 from vecinfer_jax.generation import Generation, generate
+from vecinfer_jax.generation.generate import encode_prompt
 from vecinfer_jax.models import load
 
 MODEL = "smollm2-135m-instruct"
@@ -38,10 +39,14 @@ QUESTION = "Tell the story of this lighthouse again in your own words, in one pa
 def run(method: CacheMethod, max_new_tokens: int) -> None:
     """Generates with the full-precision cache and with `method`, prints both texts and what each cache took."""
     lm = load(MODEL)
-    prompt = [{"role": "user", "content": f"{PASSAGE}\n\n{QUESTION}"}]
+    prompt = encode_prompt(lm, [{"role": "user", "content": f"{PASSAGE}\n\n{QUESTION}"}])
+    calibration = resolve_calibration(lm, method, tokens=len(prompt) + max_new_tokens - 1)
 
     def answer(which: CacheMethod) -> Generation:
-        return generate(lm, prompt, method=which, max_new_tokens=max_new_tokens)
+        return generate(
+            lm, [prompt], method=which, calibration=calibration if which is method else None,
+            max_new_tokens=max_new_tokens,
+        )  # fmt: skip
 
     full, coded = answer(FullPrecision()), answer(method)
     device = jax.devices()[0].device_kind
@@ -65,8 +70,6 @@ def run(method: CacheMethod, max_new_tokens: int) -> None:
     print(f"\nper cached token: {saved:.0f} against {spent:.0f} bytes, {saved / spent:.1f}x smaller{halved}")
 
     tokens = full.prompt_tokens[0] + full.tokens[0]
-    reach = full.stats.prompt_tokens + max_new_tokens - 1
-    calibration = resolve_calibration(lm, method, tokens=reach)  # the one that was used
     kl, top1 = agreement(lm, method, calibration, tokens, len(full.prompt_tokens[0]))
     same = next((i for i, (a, b) in enumerate(zip(full.tokens[0], coded.tokens[0], strict=False)) if a != b), None)
     same = min(len(full.tokens[0]), len(coded.tokens[0])) if same is None else same

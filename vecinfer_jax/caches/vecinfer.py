@@ -477,10 +477,11 @@ def centre(statistics: Any) -> dict[str, np.ndarray]:
 
 def centred_maps(statistics: Any, length: int, power: float = 0.25) -> dict[str, np.ndarray]:
     """That mean, and the maps of `metric_map` for sub-vectors of `length`."""
-    centred = sampled_after(1, np.asarray(statistics.keys, np.float32), statistics) - centre(statistics)["mean"]
+    keys = sampled_after(1, np.asarray(statistics.keys, np.float32), statistics)
+    arrays = centre(statistics)
     moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
-    key_map, query_map = metric_map(moment, centred, length, power)
-    return centre(statistics) | {"key_map": key_map, "query_map": query_map}
+    arrays["key_map"], arrays["query_map"] = metric_map(moment, keys - arrays["mean"], length, power)
+    return arrays
 
 
 def smoothing_factors(key_abs_max: Float[np.ndarray, "Hkv D"]) -> Float[np.ndarray, "Hkv D"]:

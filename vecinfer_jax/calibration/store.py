@@ -5,9 +5,8 @@ import json
 import re
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -61,10 +60,11 @@ def resolve_calibration(
     found = find_calibration(lm, method, seed, tokens)
     if found is not None:
         return _reaching(found, lm, method, tokens)
+    if tokens is not None and _several_processes():  # where none can be made
+        shorter = find_calibration(lm, method, seed)
+        if shorter is not None:
+            return _reaching(shorter, lm, method, tokens)
     passages, length = text_of(lm, method, tokens)
-    shorter = None if tokens is None else find_calibration(lm, method, seed)
-    if shorter is not None and _several_processes():  # where none can be made
-        return _reaching(shorter, lm, method, tokens)
     destination = kept_directory(lm, method, seed, length)
     if progress:
         _say(
@@ -77,6 +77,7 @@ def resolve_calibration(
             lm, method, passages=passages, passage_length=length, batch=batch, seed=seed or 0, progress=progress
         )
     except AssetError:  # no text
+        shorter = None if tokens is None else find_calibration(lm, method, seed)
         if shorter is None:
             raise
         return _reaching(shorter, lm, method, tokens)
@@ -87,23 +88,13 @@ def resolve_calibration(
     return _reaching(made, lm, method, tokens)
 
 
-def _reach(metadata: Mapping[str, Any]) -> int | None:
-    """The longest passage of a calibration."""
-    return metadata.get("longest_passage", metadata.get("passage_length"))
-
-
-def _reaches(metadata: Mapping[str, Any], method: CacheMethod, tokens: int | None) -> bool:
-    """Whether a calibration serves sequences of so many tokens."""
-    length = _reach(metadata)
-    return tokens is None or length is None or tokens <= length or not method.bound_to_positions
-
-
 def _reaching(calibration: Calibration, lm: LanguageModel, method: CacheMethod, tokens: int | None) -> Calibration:
     """The calibration, with a warning where it does not reach that far."""
-    if not _reaches(calibration.metadata, method, tokens):
+    reach = calibration.metadata.get("longest_passage", calibration.metadata.get("passage_length"))
+    if method.bound_to_positions and None not in (tokens, reach) and tokens > reach:
         passages, length = text_of(lm, method, tokens)
         warnings.warn(
-            f"{method.name} is calibrated on passages of {_reach(calibration.metadata):,} tokens, but {tokens:,} are "
+            f"{method.name} is calibrated on passages of {reach:,} tokens, but {tokens:,} are "
             f"read: quality falls beyond; calibrate with passages={passages}, passage_length={length} or longer",
             CalibrationWarning,
             stacklevel=4,
