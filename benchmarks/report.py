@@ -283,6 +283,11 @@ def beside(method: dict[str, Any]) -> dict[str, Any]:
     return {name: method[name] for name, off in BARE.items() if method.get(name, off) != off}
 
 
+def spelt(settings: dict[str, Any]) -> str:
+    """Settings as a table shows them."""
+    return ", ".join(f"`{key}={str(value).lower()}`" for key, value in settings.items()) or "none"
+
+
 def unseen() -> str:
     """What nothing was chosen on, a text and a model: the transforms at 2 bits, and KIVI, without and with a window."""
     columns = {
@@ -326,7 +331,7 @@ def metric_ideas() -> str:
         if row["calibration"]["passage_length"] != 1024:  # those are in `lengths`
             continue
         settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
-        name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in settings.items()) or "none"
+        name = spelt(settings)
         passages = row["calibration"]["passages"], where(row)
         lines.setdefault((row["result"]["bits_per_element"], method["residual"], name, passages), []).append(
             row["result"]
@@ -368,7 +373,7 @@ def metric_needle() -> str:
     cells = []
     for row in rows_of(SMOLLM2, "needle", mixed=True, transform="metric", samples=3, prefill="coded"):
         method, result = row["method"], row["result"]
-        name = ", ".join(f"`{key}={str(value).lower()}`" for key, value in beside(method).items()) or "none"
+        name = spelt(beside(method))
         text = f"{row['calibration']['passages']} of {row['calibration']['passage_length']:,}"
         found = f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"
         cells.append([str(method["residual"]), name, text, *found, where(row)])

@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -427,7 +427,8 @@ def evaluate_perplexity(
     )
     content = _read_text(text)
     _check_output(json_out)
-    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed, make_layout(mesh), lambda lm: length)
+    lm, fitted = _load(model, dtype, chosen, calibration, quiet, seed, make_layout(mesh))
+    fitted = fitted or _of_seed(lm, chosen, seed, length, quiet)
     result = evaluation.perplexity(
         lm,
         chosen,
@@ -695,22 +696,22 @@ def _load(
     quiet: bool,
     seed: int | None = None,
     layout: Any = None,
-    tokens: Callable[[Any], int] | None = None,
 ) -> tuple[Any, Any]:
-    """The model, and the given calibration checked against it, or one of the seed that is asked for, for sequences as
-    long as `tokens` says of the model."""
+    """The model, and the given calibration checked against it, or None."""
     from vecinfer_jax import models
-    from vecinfer_jax.calibration.store import load_calibration, resolve_calibration
+    from vecinfer_jax.calibration.store import load_calibration
 
     if directory is not None and seed is not None:
         raise InputError("give either --calibration or --seed: an artefact has its own seed")
     lm = models.load(model, dtype, progress=not quiet, mesh=layout)
-    if directory is not None:
-        return lm, load_calibration(directory, lm, method)
-    if seed is None:
-        return lm, None
-    reach = None if tokens is None else tokens(lm)
-    return lm, resolve_calibration(lm, method, tokens=reach, seed=seed, progress=not quiet)
+    return lm, None if directory is None else load_calibration(directory, lm, method)
+
+
+def _of_seed(lm: Any, method: Any, seed: int | None, tokens: int, quiet: bool) -> Any:
+    """The calibration of that seed for sequences of so many tokens; None without one."""
+    from vecinfer_jax.calibration.store import resolve_calibration
+
+    return None if seed is None else resolve_calibration(lm, method, tokens=tokens, seed=seed, progress=not quiet)
 
 
 def _run_task(
@@ -730,16 +731,10 @@ def _run_task(
     from vecinfer_jax import evaluation
 
     _check_output(json_out)
-    cases: list[Any] = []
-
-    def longest(lm: Any) -> int:
-        cases.extend(task.cases(lm))
-        return max(case.tokens for case in cases)
-
-    lm, fitted = _load(model, dtype, method, directory, quiet, seed, make_layout(mesh), longest)
-    result = evaluation.answer(
-        lm, task, method, fitted, prefill=prefill, batch=batch, cases=cases or None, progress=not quiet
-    )
+    lm, fitted = _load(model, dtype, method, directory, quiet, seed, make_layout(mesh))
+    cases = task.cases(lm)
+    fitted = fitted or _of_seed(lm, method, seed, max(case.tokens for case in cases), quiet)
+    result = evaluation.answer(lm, task, method, fitted, prefill=prefill, batch=batch, cases=cases, progress=not quiet)
     if json_out is None or str(json_out) != "-":
         if result.answered:
             print(f"score             {result.score:g} of {result.answered}")
