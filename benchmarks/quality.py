@@ -222,6 +222,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "tasks": [text, text.replace("wikitext2_detok_test.txt", "essays.txt")],
             "seeds": [0],
         },
+        # On --passages 128 --passage-length 1024, and, so that the needle is found, 64 of 2,048 and --repeated 0.5.
         "metric-best": {
             "methods": [f"{METRIC},residual={r},{BEST}" for r in (0, 128)],
             "tasks": [text],
@@ -230,7 +231,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         "metric-best-needle": {
             "methods": [f"{METRIC},residual={r},{BEST}" for r in (128, 0)],
             "tasks": ["needle"],
-            "seeds": [0],
+            "seeds": [0, 1, 2],
         },
         "codes": {"methods": windowed([*PAPER, *BASELINES], (0,)), "tasks": [error], "seeds": [0, 1, 2]},
         "long": {"methods": [*windowed(JUDGED, (128,)), "full"], "tasks": long, "seeds": [0]},
@@ -261,6 +262,7 @@ def main() -> int:
     parser.add_argument("--passages", type=int, default=PASSAGES)
     parser.add_argument("--samples", type=int, default=SAMPLES)
     parser.add_argument("--passage-length", type=int, default=PASSAGE_LENGTH)
+    parser.add_argument("--repeated", type=float, default=0.0, help="share of the passages that say everything twice")
     parser.add_argument("--calibration-text", type=Path, help="default: Wikipedia paragraphs")
     parser.add_argument("--mixed-with", type=Path, metavar="FILE", help="half the calibration text")
     parser.add_argument("--batch", type=int, default=8)
@@ -296,6 +298,7 @@ def main() -> int:
         passages=args.passages,
         passage_length=args.passage_length,
         samples=args.samples,
+        repeated=args.repeated,
         **texts_of(args),
         batch=args.batch,
         progress=args.worker in (None, 0),

@@ -56,6 +56,7 @@ Prefill = Annotated[
     str, typer.Option(help="coded: prompts are read as decoding reads them; exact: as generation reads them.")
 ]
 Batch = Annotated[int, typer.Option(help="Cases run at a time.")]
+REPEATED_HELP = "Share of the calibration passages, 0 to 1, that say everything twice"
 MeshOption = Annotated[
     str | None,
     typer.Option("--mesh", help="Devices along each axis, such as data=1,context=2,model=1; default: one device."),
@@ -364,6 +365,7 @@ def calibrate(
         ),
     ] = None,
     samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
+    repeated: Annotated[float | None, typer.Option(help=f"{REPEATED_HELP}; default: 0, or as the method asks.")] = None,
     batch_size: Annotated[int, typer.Option(help="Passages run at a time.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed gives the same artefact.")] = 0,
     mesh: MeshOption = None,
@@ -386,6 +388,7 @@ def calibrate(
         passages=passages,
         passage_length=passage_length,
         samples=samples,
+        repeated=repeated,
         batch=batch_size,
         seed=seed,
         progress=not quiet,
@@ -564,6 +567,7 @@ def evaluate_table(
     passages: Annotated[int, typer.Option(help="Calibration passages.")] = PASSAGES,
     passage_length: Annotated[int, typer.Option(help="Tokens a calibration passage.")] = PASSAGE_LENGTH,
     samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
+    repeated: Annotated[float, typer.Option(help=f"{REPEATED_HELP}.")] = 0.0,
     calibration_text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to calibrate on; default: Wikipedia paragraphs, fetched.")
     ] = None,
@@ -595,6 +599,7 @@ def evaluate_table(
             passages=passages,
             passage_length=passage_length,
             samples=samples,
+            repeated=repeated,
             texts=None if calibration_text is None else list(read_documents(calibration_text)),
             batch=batch_size,
             progress=not quiet,

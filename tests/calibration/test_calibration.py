@@ -220,6 +220,37 @@ def test_passages_join_documents_and_keep_the_rest():
     assert [len(row) for row in passages] == [4, 3]
 
 
+def test_repeated_passages_say_the_same_documents_twice():
+    lm, length = small.model(), 20
+
+    def read(repeated, seed=1):
+        rows = passages_of(lm, ["abcd", "", "ef", "hijk", "lm", "nop", "qrs", "tuvw", "xyzAB"], length, repeated, seed)
+        return ["".join(map(chr, row)) for row in rows]
+
+    whole, half, every = read(0.0)[0] + read(0.0)[1] + read(0.0)[2], read(0.5), read(1.0)
+    assert half[0] == whole[:20]  # every second one
+    assert [row[:10] for row in every[:-1]] == [whole[i : i + 10] for i in range(0, 10 * len(every) - 10, 10)]
+    assert "".join([half[0], half[1][:10], half[2]]).startswith(whole[:50])
+    for row in (half[1], *every[:-1]):
+        assert len(row) == length and sorted(row[:10]) == sorted(row[10:])
+        assert all(document in row[10:] for document in row[:10].split("\n\n"))
+    assert any(row[:10] != row[10:] for row in every[:-1])  # in another order
+    assert every == read(1.0) != read(1.0, seed=2)
+
+
+def test_text_is_repeated_where_the_method_asks_for_it():
+    lm, descends = small.model(), VecInfer(bits=1, refine="kl")
+    assert (descends.calibration_repeated, VecInfer(bits=1, refine="attention").calibration_repeated) == (0.5, 0.0)
+    assert PerLayer(descends).calibration_repeated == TailorKV(quantised=descends).calibration_repeated == 0.5
+    settings = {"passages": 4, "passage_length": 64, "progress": False}
+    method = VecInfer(bits=1)
+    plain, repeated = (calibrate(lm, method, small.texts(), repeated=r, **settings) for r in (None, 0.5))
+    assert (plain.metadata["repeated"], repeated.metadata["repeated"]) == (0.0, 0.5)
+    assert plain.digest != repeated.digest
+    with pytest.raises(InputError, match="repeated=1.5 must be a share"):
+        calibrate(lm, method, small.texts(), repeated=1.5, **settings)
+
+
 @pytest.mark.parametrize("kind", ["directory", "file"])
 def test_saving_never_replaces_what_is_no_artefact(tmp_path, kind):
     target = tmp_path / "mine"

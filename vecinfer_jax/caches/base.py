@@ -218,6 +218,11 @@ class CacheMethod(abc.ABC):
         return None
 
     @property
+    def calibration_repeated(self) -> float:
+        """Share of these passages that say everything twice, unless it is said otherwise (`calibrate`)."""
+        return 0.0
+
+    @property
     def bound_to_positions(self) -> bool:
         """Whether what is calibrated serves the positions of the text's passages and no later ones: rotary embeddings
         turn a key's slow channels with the position, so a mean after RoPE is one of the positions it was taken over."""

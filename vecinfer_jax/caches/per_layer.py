@@ -76,6 +76,10 @@ class PerLayer(LayeredMethod):
         return joined_text(m.calibration_text for m in self._methods)
 
     @property
+    def calibration_repeated(self) -> float:
+        return max(m.calibration_repeated for m in self._methods)
+
+    @property
     def bound_to_positions(self) -> bool:
         return any(m.bound_to_positions for m in self._methods)
 

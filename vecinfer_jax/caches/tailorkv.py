@@ -138,6 +138,10 @@ class TailorKV(LayeredMethod):
         return joined_text([own, *(m.calibration_text for m in self._used if m.needs_calibration)])
 
     @property
+    def calibration_repeated(self) -> float:
+        return max(m.calibration_repeated for m in self._used)
+
+    @property
     def bound_to_positions(self) -> bool:
         return any(m.bound_to_positions for m in self._used)
 

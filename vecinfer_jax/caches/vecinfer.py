@@ -38,6 +38,8 @@ WEIGHTED = ("none", "keys", "values", "both")
 REFINEMENTS = ("none", "attention", "kl")
 # Passages and tokens of one: a head's mean depends on positions, which RoPE turns.
 CENTRED_TEXT = (64, 1024)
+# Of those that the model's predictions are refined on: what is said again is predicted from the cache alone.
+REPEATED = 0.5
 
 
 @struct.dataclass
@@ -161,6 +163,10 @@ class VecInfer(VectorQuantisedMethod):
     @property
     def calibration_text(self) -> tuple[int, int] | None:
         return CENTRED_TEXT if self.centres else None
+
+    @property
+    def calibration_repeated(self) -> float:
+        return REPEATED if self.refines_model else 0.0
 
     @property
     def bound_to_positions(self) -> bool:

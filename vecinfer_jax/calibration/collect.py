@@ -55,6 +55,7 @@ def calibrate(
     passages: int | None = None,
     passage_length: int | None = None,
     samples: int = SAMPLES,
+    repeated: float | None = None,
     batch: int = 4,
     seed: int = 0,
     progress: bool = True,
@@ -70,6 +71,8 @@ def calibrate(
             of 512, or what the method asks for.
         samples: tokens, drawn from all of them, whose keys and values are kept of each layer to fit codebooks to. More
             are better and take memory: what is rare, such as the first tokens of passages, is then drawn more often.
+        repeated: share of the passages, 0 to 1, whose second half says again what the first does, its documents in
+            another order, so that predicting it takes what is in the cache; default: 0, or what the method asks for.
         batch: passages run at a time.
         seed: of everything random; the same seed gives the same calibration on the same device.
         progress: show progress bars.
@@ -84,6 +87,7 @@ def calibrate(
         passages=text[0] if passages is None else passages,
         passage_length=text[1] if passage_length is None else passage_length,
         samples=samples,
+        repeated=method.calibration_repeated if repeated is None else repeated,
         batch=batch,
         seed=seed,
         wanted=method.wanted_statistics(),
@@ -111,6 +115,7 @@ def collect(
     passages: int = PASSAGES,
     passage_length: int = PASSAGE_LENGTH,
     samples: int = SAMPLES,
+    repeated: float = 0.0,
     batch: int = 4,
     seed: int = 0,
     wanted: frozenset[str] = frozenset(),
@@ -127,6 +132,8 @@ def collect(
         raise InputError(
             f"passage_length={passage_length} must be from 2 to the model's context of {lm.config.max_position}"
         )
+    if not 0 <= repeated <= 1:
+        raise InputError(f"repeated={repeated} must be a share of the passages, from 0 to 1")
     check_seed(seed)
     digest = hashlib.sha256()
     text_name = "given" if texts is not None else DEFAULT_TEXT
@@ -144,7 +151,7 @@ def collect(
     rows: list[list[int]] = []
 
     def kept() -> Iterator[list[int]]:
-        for row in passages_of(lm, hashed(), passage_length):
+        for row in passages_of(lm, hashed(), passage_length, repeated, seed):
             rows.append(row)
             yield row
 
@@ -169,6 +176,7 @@ def collect(
         "passage_length": passage_length,
         "longest_passage": max(map(len, rows[:count])),
         "samples": samples,
+        "repeated": repeated,
         "seed": seed,
         "dtype": str(jnp.dtype(lm.dtype)),
         "device": jax.devices()[0].device_kind,
@@ -305,27 +313,50 @@ def _used(windows: Windows) -> Windows:
     return jax.tree.map(lambda x: x[used], windows)
 
 
-def passages_of(lm: LanguageModel, texts: Iterable[str], length: int) -> Iterator[list[int]]:
+def passages_of(
+    lm: LanguageModel, texts: Iterable[str], length: int, repeated: float = 0.0, seed: int = 0
+) -> Iterator[list[int]]:
     """Token ids of consecutive documents, a blank line between them, cut into passages of `length` tokens.
 
-    The last passage is given out even if it is shorter.
+    Of the passages a share `repeated`, evenly spread, consist of half as much text and the same once more, its
+    documents (the first and the last of them cut) in an order given by `seed`. The last passage of the text is given
+    out even if it is shorter.
     """
     if lm.tokenizer is None:
         raise InputError(f"model {lm.name!r} has no tokenizer to read the calibration text with")
-    buffer: list[int] = []
+    rng = np.random.default_rng(seed)
+    waiting: list[list[int]] = []  # documents, or what is left of the first
     start = lm.tokenizer.encode("")  # what the tokenizer puts in front of every text, if anything
-    first = True
+    body = max(length - len(start), 1)
+    count = 0
     for text in texts:
         if not text.strip():
             continue
-        buffer += lm.tokenizer.encode(text if first else "\n\n" + text, add_special_tokens=False)
-        first = False
-        body = max(length - len(start), 1)
-        while len(buffer) >= body:
-            yield start + buffer[:body]
-            buffer = buffer[body:]
-    if buffer:
-        yield start + buffer
+        text = text if not (count or waiting) else "\n\n" + text
+        waiting.append(lm.tokenizer.encode(text, add_special_tokens=False))
+        while True:
+            twice = int((count + 1) * repeated) > int(count * repeated)
+            wanted = body - body // 2 if twice else body
+            if sum(map(len, waiting)) < wanted:
+                break
+            said, waiting = _cut(waiting, wanted)
+            again = [said[i] for i in rng.permutation(len(said))] if twice else []
+            yield start + list(itertools.chain(*said, *again))[:body]
+            count += 1
+    if any(waiting):
+        yield start + list(itertools.chain(*waiting))
+
+
+def _cut(documents: list[list[int]], tokens: int) -> tuple[list[list[int]], list[list[int]]]:
+    """The first `tokens` tokens of documents, and the rest."""
+    first: list[list[int]] = []
+    for i, document in enumerate(documents):
+        if tokens <= len(document):
+            rest = [document[tokens:]] if tokens < len(document) else []
+            return [*first, document[:tokens]], [*rest, *documents[i + 1 :]]
+        first.append(document)
+        tokens -= len(document)
+    return first, []
 
 
 def default_texts(seed: int) -> Iterator[str]:

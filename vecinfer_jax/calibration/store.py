@@ -116,10 +116,12 @@ def find_calibration(
     kept = kept_directory(lm, method, seed, length)
     needed = min(tokens, length) if tokens is not None and method.bound_to_positions else 0
     default = {"seed": seed, "passages": passages, "passage_length": length, "samples": SAMPLES}
+    repeated = method.calibration_repeated
     for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
-            seeded = seed is None or {name: metadata.get(name) for name in default} == default
+            as_asked = {name: metadata.get(name) for name in default} == default
+            seeded = seed is None or (as_asked and metadata.get("repeated", 0.0) == repeated)
             ours = metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key
             if ours and seeded and metadata["passage_length"] >= needed:
                 return load_calibration(directory, lm, method)

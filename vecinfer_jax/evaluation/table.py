@@ -96,18 +96,20 @@ class Table:
         passages: int = PASSAGES,
         passage_length: int = PASSAGE_LENGTH,
         samples: int = SAMPLES,
+        repeated: float = 0.0,
         texts: Sequence[str] | None = None,
         text_name: str | None = None,
         batch: int = 8,
         progress: bool = True,
     ) -> None:
-        """`passages`, `passage_length`, `samples` and `texts` are `calibrate`'s; a seed also shuffles `texts`.
+        """passages, passage_length, samples, repeated, texts: `calibrate`'s; a seed also shuffles `texts`.
 
         `text_name` says in the rows what `texts` are, beside their hash.
         """
         check_whole("batch", batch)
         self.lm, self.directory, self.batch, self.progress = lm, Path(directory), batch, progress
         self._calibrate: dict[str, Any] = {"passages": passages, "passage_length": passage_length, "samples": samples}
+        self._calibrate |= {"repeated": repeated} if repeated else {}  # rows from before it was there mean the same
         self._texts = texts
         self._references: dict[Any, Any] = {}
         text = DEFAULT_TEXT
