@@ -30,6 +30,7 @@ from jax.experimental.mosaic.gpu import profiler
 
 from pallas_kernels import (
     attend_rows,
+    channel_lse,
     decode_attention,
     fetch_channels,
     group_int_decode_attention,
@@ -527,6 +528,18 @@ def time_host_tier() -> Iterator[dict]:
         more = {"peer": "lax.top_k of the scores", "peer_us": peer_us, "approx_max_k_us": round(approximate, 2)}
         yield row(name, us, fetched.nbytes, **more)
 
+        def by_each(*asked, tokens=tokens):
+            lse = channel_lse(*asked, scale=dim**-0.5)
+            return select_tokens(*asked, tokens=tokens, scale=dim**-0.5, lse=lse)
+
+        name = f"select_tokens_by_each {tokens} by {channels} channels of {where}"
+        lse = host_tier.channel_lse(q, fetched, some, count, scale=dim**-0.5)
+        scores = jax.jit(host_tier.token_scores)(q, fetched, some, dim**-0.5, lse)
+        got = jnp.take_along_axis(scores, jax.jit(by_each)(q, fetched, some, count), axis=2)
+        got, best = jnp.sort(got, axis=2, descending=True), lax.top_k(scores, tokens)[0]
+        check(name, jnp.max(jnp.abs(got - best)), 1e-4)
+        yield row(name, device_microseconds(by_each, q, fetched, some, count), 2 * fetched.nbytes, **more)
+
         name = f"attend_rows {tokens} of {where}"
         attend = functools.partial(attend_rows, scale=dim**-0.5)
         chosen = [jnp.take_along_axis(to_device(x), rows[..., None], axis=2) for x in (k, v)]
@@ -652,7 +665,7 @@ def part_of(line: dict) -> str:
     """Which part a row is of."""
     parts = {"hadamard": "hadamard", "vq_encode": "encode", "nuq_decode_attention": "nuq"}
     parts["group_int_decode_attention"] = "group_int"
-    parts |= dict.fromkeys(("fetch_channels", "select_tokens", "attend_rows"), "host_tier")
+    parts |= dict.fromkeys(("fetch_channels", "select_tokens", "select_tokens_by_each", "attend_rows"), "host_tier")
     return parts.get(line["name"].split()[0], "decode")
 
 

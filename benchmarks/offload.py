@@ -102,7 +102,11 @@ def methods() -> dict[str, CacheMethod]:
         "tailorkv:bits=1,long": vj.TailorKV.long_context(bits=1, roles=roles),
         "tailorkv:vecinfer": vj.TailorKV(quantised=vj.VecInfer(bits=2), roles=roles),
         "tailorkv:bits=1,basis=principal": vj.TailorKV(bits=1, basis="principal", roles=roles),
+        "tailorkv:bits=1,basis=principal,heads=each": vj.TailorKV(bits=1, basis="principal", heads="each", roles=roles),
         "tailorkv:bits=1,host=vecinfer-4": vj.TailorKV(bits=1, host="vecinfer-4", roles=roles),
+        "tailorkv:bits=1,host=vecinfer-4,basis=principal,heads=each": vj.TailorKV(
+            bits=1, host="vecinfer-4", basis="principal", heads="each", roles=roles
+        ),
     }
 
 

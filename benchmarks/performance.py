@@ -321,13 +321,14 @@ def host_tier() -> str:
     lines = []
     for row in read(H100, "kernels")["rows"]:
         kernel, tokens, *_ = row["name"].split()
-        if kernel in ("fetch_channels", "select_tokens", "attend_rows"):
-            what = {
-                "fetch_channels": f"fetch {tokens} channels of each head",
-                "select_tokens": f"choose {tokens} tokens by them",
-                "attend_rows": f"fetch {tokens} tokens and attend to them",
-            }[kernel]
-            speed = f"{row['gb_per_s']:.1f}" if kernel != "select_tokens" else ""
+        what = {
+            "fetch_channels": f"fetch {tokens} channels of each head",
+            "select_tokens": f"choose {tokens} tokens by them",
+            "select_tokens_by_each": f"choose {tokens} tokens by them, by each query head",
+            "attend_rows": f"fetch {tokens} tokens and attend to them",
+        }.get(kernel)
+        if what:
+            speed = f"{row['gb_per_s']:.1f}" if not kernel.startswith("select_tokens") else ""
             lines.append([what, f"{row['us']:.0f}", speed, f"{row['peer']}: {row['peer_us']:.0f}"])
     return table(["kernel", "ours, µs", "over the bus, GB/s", "peer, µs"], lines)
 

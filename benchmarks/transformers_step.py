@@ -27,6 +27,7 @@ ROWS = [
     *((1, tokens, cache) for tokens in (1024, 196608) for cache in ("dynamic", "static")),
     *((12, 32768, cache) for cache in ("dynamic", "static")),
 ]
+WHAT = ("cache", "batch", "tokens")
 WARM, STEPS = 3, 10
 
 
@@ -101,7 +102,9 @@ def main() -> None:
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = llama_8b(2, 1024, 256, 512) if args.tiny else llama_8b()
-    model, rows = make_model(config, device), []
+    model = make_model(config, device)
+    held = json.loads(args.output.read_text())["rows"] if args.output and args.output.exists() else []
+    rows = {tuple(row[key] for key in WHAT): row for row in held}
     name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
     for index in args.rows if args.rows is not None else range(len(ROWS)):
         batch, tokens, kind = ROWS[index]
@@ -112,10 +115,10 @@ def main() -> None:
             row["error"] = "out of memory"
         if device == "cuda":
             torch.cuda.empty_cache()
-        rows.append(row)
+        rows[tuple(row[key] for key in WHAT)] = row
         print(json.dumps(row), flush=True)
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        result = {"environment": {"device": name, "versions": versions}, "rows": rows}
+        result = {"environment": {"device": name, "versions": versions}, "rows": list(rows.values())}
         if args.output:
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -9,7 +9,7 @@ from pallas_kernels.decode_attention import decode_attention
 from pallas_kernels.group_int_append import group_int_append
 from pallas_kernels.group_int_decode_attention import group_int_decode_attention
 from pallas_kernels.hadamard import hadamard
-from pallas_kernels.host_tier import attend_rows, fetch_channels, select_tokens
+from pallas_kernels.host_tier import attend_rows, channel_lse, fetch_channels, select_tokens
 from pallas_kernels.nuq_decode_attention import nuq_decode_attention
 from pallas_kernels.rms_norm import rms_norm
 from pallas_kernels.vq_append import vq_append
@@ -19,6 +19,7 @@ from pallas_kernels.vq_encode import vq_encode
 __all__ = [
     "ExactTokens",
     "attend_rows",
+    "channel_lse",
     "decode_attention",
     "fetch_channels",
     "group_int",

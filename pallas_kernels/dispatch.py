@@ -17,6 +17,10 @@ TABLE = {
         "triton": "pallas_kernels.host_tier.triton",
         "xla": "pallas_kernels.host_tier.reference",
     },
+    "channel_lse": {
+        "triton": "pallas_kernels.host_tier.triton",
+        "xla": "pallas_kernels.host_tier.reference",
+    },
     "decode_attention": {
         "mosaic_gpu": "pallas_kernels.decode_attention.mosaic_gpu",
         "xla": "pallas_kernels.decode_attention.reference",

@@ -46,6 +46,34 @@ def fetch_channels(
     return dispatch.call("fetch_channels", implementation, interpret, by_channel, channels)
 
 
+def channel_lse(
+    q: Float[Array, "B Hq D"],
+    fetched: Float[Array, "B Hkv c S"],
+    channels: Int32[Array, "B Hkv c"],
+    count: Int32[Array, "B"],
+    *,
+    scale: float,
+    implementation: str | None = None,
+    interpret: bool = False,
+) -> Float32[Array, "B Hq"]:
+    """Of each query head, the natural-log log-sum-exp of its scores with all tokens over some channels.
+
+    The score of token s for query head h * G + g is scale * sum over i of q[b, h * G + g, channels[b, h, i]] *
+    fetched[b, h, i, s], in float32. With it `select_tokens` knows what weight each head would give a token.
+
+    Args:
+        scale: factor on the scores, usually 1/sqrt(D). The others are those of `select_tokens`.
+
+    Returns:
+        [B, Hq]; `split_k.EMPTY` where count[b] is 0.
+
+    Raises:
+        ValueError: shapes or dtypes that do not belong together.
+    """
+    _check_scored("channel_lse", q, fetched, channels, count)
+    return dispatch.call("channel_lse", implementation, interpret, q, fetched, channels, count, scale=float(scale))
+
+
 def select_tokens(
     q: Float[Array, "B Hq D"],
     fetched: Float[Array, "B Hkv c S"],
@@ -53,13 +81,16 @@ def select_tokens(
     count: Int32[Array, "B"],
     *,
     tokens: int,
+    scale: float = 1.0,
+    lse: Float32[Array, "B Hq"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
     """The tokens whose keys have the largest product with the query over some channels.
 
     Score of token s for KV head h: sum over i of mean_g(q[b, h * G + g, channels[b, h, i]]) * fetched[b, h, i, s], in
-    float32, the mean over the G query heads that read the KV head.
+    float32, the mean over the G query heads that read the KV head. With `lse`, instead, the sum over these heads of
+    exp(score - lse[b, h * G + g]), the scores being those of `channel_lse`: of the weights that they would give it.
 
     Args:
         q: queries, as the keys were rotated.
@@ -67,6 +98,8 @@ def select_tokens(
         channels: distinct channels of each KV head, 0 to D - 1.
         count: tokens that count in each row, 0 to S.
         tokens: how many to choose for each KV head, 1 or more.
+        scale, lse: of each head's scores, as `channel_lse` takes and gives them; or, where tokens are spread over
+            several devices, their log-sum-exp over all of them.
         implementation, interpret: as of `fetch_channels`.
 
     Returns:
@@ -76,17 +109,30 @@ def select_tokens(
     Raises:
         ValueError: shapes or dtypes that do not belong together; tokens below 1.
     """
-    batch, kv_heads, _, size = fetched.shape
-    if q.ndim != 3 or q.shape[0] != batch or q.shape[1] % kv_heads:
-        raise ValueError(f"select_tokens: q must be [{batch}, G * {kv_heads}, D] for {fetched.shape}, got {q.shape}")
-    for name, x, want in (("channels", channels, fetched.shape[:3]), ("count", count, (batch,))):
-        if x.shape != want or x.dtype != jnp.int32:
-            raise ValueError(f"select_tokens: {name} must be int32{list(want)}, got {x.dtype}{list(x.shape)}")
+    _check_scored("select_tokens", q, fetched, channels, count)
+    if lse is not None and lse.shape != q.shape[:2]:
+        raise ValueError(f"select_tokens: lse must be float32{list(q.shape[:2])}, got {list(lse.shape)}")
     if tokens < 1:
         raise ValueError(f"select_tokens: tokens={tokens} must be 1 or more")
-    return dispatch.call(
-        "select_tokens", implementation, interpret, q, fetched, channels, count, tokens=min(tokens, size)
-    )
+    asked = q, fetched, channels, count
+    most = min(tokens, fetched.shape[3])
+    return dispatch.call("select_tokens", implementation, interpret, *asked, tokens=most, scale=float(scale), lse=lse)
+
+
+def _check_scored(
+    name: str,
+    q: Float[Array, "B Hq D"],
+    fetched: Float[Array, "B Hkv c S"],
+    channels: Int32[Array, "B Hkv c"],
+    count: Int32[Array, "B"],
+) -> None:
+    """Raises ValueError where these do not belong together."""
+    batch, kv_heads = fetched.shape[:2]
+    if q.ndim != 3 or q.shape[0] != batch or q.shape[1] % kv_heads:
+        raise ValueError(f"{name}: q must be [{batch}, G * {kv_heads}, D] for {fetched.shape}, got {q.shape}")
+    for argument, x, want in (("channels", channels, fetched.shape[:3]), ("count", count, (batch,))):
+        if x.shape != want or x.dtype != jnp.int32:
+            raise ValueError(f"{name}: {argument} must be int32{list(want)}, got {x.dtype}{list(x.shape)}")
 
 
 def attend_rows(

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Float, Float32, Int32, Shaped
 
+from pallas_kernels import split_k
 from pallas_kernels.exact import ExactTokens, attend_exactly, merge_exact, product
 
 HOST = jax.memory.Space.Host
@@ -24,6 +25,22 @@ def fetch_channels(
     return fetch_rows(by_channel, channels)
 
 
+def channel_lse(
+    q: Float[Array, "B Hq D"],
+    fetched: Float[Array, "B Hkv c S"],
+    channels: Int32[Array, "B Hkv c"],
+    count: Int32[Array, "B"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float32[Array, "B Hq"]:
+    """The meaning of `pallas_kernels.channel_lse`."""
+    scores = scale * product("bhgc,bhcs->bhgs", critical_elements(q, channels), fetched.astype(jnp.float32))
+    counts = jnp.arange(scores.shape[-1]) < count[:, None, None, None]
+    lse = jax.nn.logsumexp(jnp.where(counts, scores, -jnp.inf), axis=-1)
+    return jnp.where(count[:, None, None] > 0, lse, split_k.EMPTY).reshape(q.shape[:2])
+
+
 def select_tokens(
     q: Float[Array, "B Hq D"],
     fetched: Float[Array, "B Hkv c S"],
@@ -31,24 +48,34 @@ def select_tokens(
     count: Int32[Array, "B"],
     *,
     tokens: int,
+    scale: float = 1.0,
+    lse: Float32[Array, "B Hq"] | None = None,
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
     """The meaning of `pallas_kernels.select_tokens`; here the best come first."""
-    return best_rows(token_scores(q, fetched, channels), count, tokens)
+    return best_rows(token_scores(q, fetched, channels, scale, lse), count, tokens)
 
 
 def token_scores(
-    q: Float[Array, "B Hq D"], fetched: Float[Array, "B Hkv c S"], channels: Int32[Array, "B Hkv c"]
+    q: Float[Array, "B Hq D"],
+    fetched: Float[Array, "B Hkv c S"],
+    channels: Int32[Array, "B Hkv c"],
+    scale: float = 1.0,
+    lse: Float32[Array, "B Hq"] | None = None,
 ) -> Float32[Array, "B Hkv S"]:
     """Those by which tokens are selected."""
-    return product("bhc,bhcs->bhs", critical_elements(q, channels), fetched.astype(jnp.float32))
+    critical, fetched = critical_elements(q, channels), fetched.astype(jnp.float32)
+    if lse is None:
+        return product("bhc,bhcs->bhs", jnp.mean(critical, axis=2), fetched)
+    weights = scale * product("bhgc,bhcs->bhgs", critical, fetched) - lse.reshape(*critical.shape[:3], 1)
+    return jax.nn.logsumexp(weights, axis=2)
 
 
-def critical_elements(q: Float[Array, "B Hq D"], channels: Int32[Array, "B Hkv c"]) -> Float32[Array, "B Hkv c"]:
-    """These channels of the mean over the query heads of each KV head."""
+def critical_elements(q: Float[Array, "B Hq D"], channels: Int32[Array, "B Hkv c"]) -> Float32[Array, "B Hkv G c"]:
+    """These channels of the query heads of each KV head."""
     batch, kv_heads = channels.shape[:2]
-    mean = jnp.mean(q.astype(jnp.float32).reshape(batch, kv_heads, -1, q.shape[-1]), axis=2)
-    return jnp.take_along_axis(mean, channels, axis=-1)
+    grouped = q.astype(jnp.float32).reshape(batch, kv_heads, -1, q.shape[-1])
+    return jnp.take_along_axis(grouped, channels[:, :, None], axis=-1)
 
 
 def attend_rows(

@@ -79,6 +79,73 @@ def _fetch(
     lax.fori_loop(0, (total - program + programs - 1) // programs, copy, None)
 
 
+def channel_lse(
+    q: Float[Array, "B Hq D"],
+    fetched: Float[Array, "B Hkv c S"],
+    channels: Int32[Array, "B Hkv c"],
+    count: Int32[Array, "B"],
+    *,
+    scale: float,
+    interpret: bool = False,
+) -> Float32[Array, "B Hq"]:
+    """`pallas_kernels.channel_lse`: of each tile of tokens by a program, then of the tiles."""
+    batch, kv_heads, _, size = fetched.shape
+    rows, tiles = batch * kv_heads, pl.cdiv(size, _SCORED)
+    critical = _critical(q, channels, scale)
+    shape = jax.ShapeDtypeStruct((rows, critical.shape[1], tiles), jnp.float32)
+    peaks, sums = pl.pallas_call(
+        functools.partial(_tile_lse, kv_heads=kv_heads),
+        grid=(rows, tiles),
+        out_shape=[shape, shape],
+        compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
+        interpret=interpret,
+        name="channel_lse",
+    )(critical, fetched.reshape(rows, -1, size), count)
+    peak = jnp.max(peaks, axis=-1)
+    lse = (peak + jnp.log2(jnp.sum(sums * jnp.exp2(peaks - peak[..., None]), axis=-1))) / _LOG2_E
+    return jnp.where(count[:, None] > 0, lse.reshape(q.shape[:2]), split_k.EMPTY)
+
+
+def _tile_lse(
+    critical_ref,  # float32[R, G, c], in powers of two
+    fetched_ref,  # [R, c, S]
+    count_ref,  # int32[B]
+    peaks_ref,  # float32[R, G, tiles]
+    sums_ref,  # float32[R, G, tiles]
+    *,
+    kv_heads: int,
+):
+    row, tile = pl.program_id(0), pl.program_id(1)
+    at = tile * _SCORED + jnp.arange(_SCORED)
+    counts = at < plt.load(count_ref.at[row // kv_heads])
+    for g, scores in enumerate(_head_scores(critical_ref, fetched_ref, row, at)):
+        scores = jnp.where(counts & ~jnp.isnan(scores), scores, split_k.EMPTY)
+        peak = jnp.max(scores)
+        plt.store(peaks_ref.at[row, jnp.int32(g), tile], peak)
+        plt.store(sums_ref.at[row, jnp.int32(g), tile], jnp.sum(jnp.exp2(scores - peak)))
+
+
+def _head_scores(critical_ref, fetched_ref, row, at) -> list[Float32[Array, "tokens"]]:
+    """Of the tokens `at`, for each query head."""
+    _, heads, channels = critical_ref.shape
+    scores = [jnp.zeros(at.shape, jnp.float32)] * heads
+    for i in range(channels):
+        channel = plt.load(fetched_ref.at[row, jnp.int32(i), at], mask=at < fetched_ref.shape[2], other=0)
+        channel = channel.astype(jnp.float32)
+        scores = [
+            s + plt.load(critical_ref.at[row, jnp.int32(g), jnp.int32(i)]) * channel for g, s in enumerate(scores)
+        ]
+    return scores
+
+
+def _critical(q: Float[Array, "B Hq D"], channels: Int32[Array, "B Hkv c"], scale: float) -> Float32[Array, "R G c"]:
+    """These channels of each query head, so that their products are scores in powers of two."""
+    critical = critical_elements(q, channels)
+    if critical.shape[2] > _MOST_HEADS:
+        raise NotImplementedError(f"the triton kernel serves up to {_MOST_HEADS} query heads a KV head")
+    return (scale * _LOG2_E * critical).reshape(-1, *critical.shape[2:])
+
+
 def select_tokens(
     q: Float[Array, "B Hq D"],
     fetched: Float[Array, "B Hkv c S"],
@@ -86,6 +153,8 @@ def select_tokens(
     count: Int32[Array, "B"],
     *,
     tokens: int,
+    scale: float = 1.0,
+    lse: Float32[Array, "B Hq"] | None = None,
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
     """`pallas_kernels.select_tokens`; scores nearer than a millionth of their range may stand for each other.
@@ -96,7 +165,11 @@ def select_tokens(
     batch, kv_heads, _, size = fetched.shape
     rows = batch * kv_heads
     run, runs = _runs(size, tokens)
-    critical = critical_elements(q, channels).reshape(rows, -1)
+    if lse is None:
+        mean = jnp.mean(critical_elements(q, channels), axis=2)
+        critical, sums = mean.reshape(rows, 1, -1), jnp.zeros((rows, 1), jnp.float32)
+    else:
+        critical, sums = _critical(q, channels, scale), _LOG2_E * lse.reshape(rows, -1)
     scores, best = pl.pallas_call(
         functools.partial(_score, kv_heads=kv_heads, run=run),
         grid=(rows, pl.cdiv(size, _SCORED)),
@@ -107,7 +180,7 @@ def select_tokens(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="score_tokens",
-    )(critical, fetched.reshape(rows, -1, size), count)
+    )(critical, sums, fetched.reshape(rows, -1, size), count)
 
     def choose(kernel, chosen: int, considered: int, *arrays):
         return pl.pallas_call(
@@ -141,7 +214,8 @@ def _runs(size: int, tokens: int) -> tuple[int, int]:
 
 
 def _score(
-    critical_ref,  # float32[R, c]
+    critical_ref,  # float32[R, G, c]; one query for the mean of all
+    lse_ref,  # float32[R, G], in powers of two
     fetched_ref,  # [R, c, S]
     count_ref,  # int32[B]
     scores_ref,  # float32[R, S]
@@ -153,10 +227,12 @@ def _score(
     row, first = pl.program_id(0), pl.program_id(1) * _SCORED
     at = first + jnp.arange(_SCORED)
     there = at < scores_ref.shape[1]
-    scores = jnp.zeros((_SCORED,), jnp.float32)
-    for i in range(critical_ref.shape[1]):
-        channel = plt.load(fetched_ref.at[row, jnp.int32(i), at], mask=there, other=0).astype(jnp.float32)
-        scores += plt.load(critical_ref.at[row, jnp.int32(i)]) * channel
+    of_heads = _head_scores(critical_ref, fetched_ref, row, at)
+    of_heads = [s - plt.load(lse_ref.at[row, jnp.int32(g)]) for g, s in enumerate(of_heads)]
+    scores = of_heads[0]
+    if len(of_heads) > 1:
+        peak = functools.reduce(jnp.maximum, of_heads)
+        scores = peak + jnp.log2(sum(jnp.exp2(s - peak) for s in of_heads))
     counts = (at < plt.load(count_ref.at[row // kv_heads])) & ~jnp.isnan(scores)
     scores = jnp.where(counts, scores, -jnp.inf)
     plt.store(scores_ref.at[row, at], scores, mask=there)

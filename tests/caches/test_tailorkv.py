@@ -19,6 +19,7 @@ from vecinfer_jax.models.decoder import Decoder
 
 FEW = SparseLayer(tokens=4, channels=3, block=4, residual=3, sink=2)
 IN_BASIS = dataclasses.replace(FEW, basis="principal")
+BY_EACH = dataclasses.replace(FEW, heads="each")
 EVERYTHING = SparseLayer(tokens=1000, channels=1, block=4, residual=3, sink=2)
 ALL_SPARSE = TailorKV(roles=("sparse*3",), tokens=1000, channels=2, sink=2, recent=3, block=4)
 
@@ -51,8 +52,14 @@ def expected(method, q, k, v, predicted):
         for h in range(k.shape[1]):
             mine = slice(h * group, (h + 1) * group)
             peak = np.abs(index[host, h]).max(0, initial=0)
-            critical = np.argsort(-np.abs(guessed[t, mine].mean(0)) * peak, kind="stable")[: method.channels]
-            scores = index[host, h][:, critical] @ asked[t, mine].mean(0)[critical]
+            guess, asks = guessed[t, mine], asked[t, mine]
+            size = np.abs(guess.mean(0)) if method.heads == "mean" else np.sqrt((guess**2).mean(0))
+            critical = np.argsort(-size * peak, kind="stable")[: method.channels]
+            by_head = index[host, h][:, critical] @ asks[:, critical].T
+            scores = by_head.mean(1)
+            if method.heads == "each" and held:
+                weights = np.exp(by_head / np.sqrt(dim))
+                scores = (weights / weights.sum(0)).sum(1)
             read = np.concatenate([near, host[np.argsort(-scores, kind="stable")[: method.tokens]]]).astype(int)
             for head in range(mine.start, mine.stop):
                 s = keys[read, h] @ queries[t, head] / np.sqrt(dim)
@@ -78,7 +85,7 @@ def qkv():
     return random_qkv(2, 38)
 
 
-@pytest.mark.parametrize("method", [FEW, IN_BASIS], ids=["channels", "principal"])
+@pytest.mark.parametrize("method", [FEW, IN_BASIS, BY_EACH], ids=["channels", "principal", "by-each-head"])
 def test_decoding_reads_what_the_definition_says(qkv, method):
     q, k, v = qkv
     out, cache = decode_all(method, empty(method, 2, 40), q, k, v, [0, 0], 38)
@@ -87,7 +94,7 @@ def test_decoding_reads_what_the_definition_says(qkv, method):
     assert memory_kinds(cache) == PINNED
 
 
-@pytest.mark.parametrize("method", [FEW, IN_BASIS], ids=["channels", "principal"])
+@pytest.mark.parametrize("method", [FEW, IN_BASIS, BY_EACH], ids=["channels", "principal", "by-each-head"])
 @pytest.mark.parametrize("size", [38, pytest.param(10, marks=pytest.mark.slow)])
 def test_every_query_of_a_prompt_reads_what_decoding_would(qkv, method, size):
     q, k, v = qkv
@@ -309,6 +316,7 @@ def test_codebooks_are_fitted_for_the_layers_that_take_them():
         ({"top": -0.1}, "top=-0.1"),
         ({"host": "attic"}, "host='attic'"),
         ({"basis": "skewed"}, "basis='skewed'"),
+        ({"heads": "some"}, "heads='some'"),
         ({"roles": ("sparse", "lazy")}, "'lazy' is no role"),
         ({"roles": "sparse"}, "must be a tuple"),
         ({"roles": ("sparse*0",)}, "is no role"),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 
-from pallas_kernels import ExactTokens, attend_rows, dispatch, fetch_channels, select_tokens, split_k
+from pallas_kernels import ExactTokens, attend_rows, channel_lse, dispatch, fetch_channels, select_tokens, split_k
 from pallas_kernels.host_tier import triton
 from tests.kernels import oracle
 
@@ -59,17 +59,26 @@ def check_fetch(case, place, **how):
     np.testing.assert_array_equal(fetched, np.take_along_axis(by_channel, np.asarray(channels)[..., None], 2))
 
 
-def check_selection(case, **how):
-    _, group, _, counts, size, tokens, _ = case
+def check_selection(case, by_each=False, **how):
+    dim, group, _, counts, size, tokens, _ = case
     q, keys, _, count, _ = arrays(case)
     channels = distinct(np.random.default_rng(1), len(counts), keys.shape[-1], 5)
     fetched = np.take_along_axis(np.swapaxes(np.asarray(keys), 2, 3), np.asarray(channels)[..., None], 2)
-    rows = np.asarray(select_tokens(q, jnp.asarray(fetched), channels, count, tokens=tokens, **how))
+    asked, weighed = (q, jnp.asarray(fetched), channels, count), {}
+    if by_each:
+        weighed = {"scale": dim**-0.5, "lse": channel_lse(*asked, scale=dim**-0.5, **how)}
+    rows = np.asarray(select_tokens(*asked, tokens=tokens, **weighed, **how))
     assert rows.shape == (len(counts), 2, min(tokens, size))
     for b, n in enumerate(counts):
         for h in range(2):
-            mean = oracle.float64(q[b, h * group : (h + 1) * group]).mean(0)
-            scores = mean[np.asarray(channels[b, h])] @ oracle.float64(fetched[b, h])[:, :n]
+            heads = slice(h * group, (h + 1) * group)
+            of_heads = oracle.float64(q[b, heads])[:, np.asarray(channels[b, h])] @ oracle.float64(fetched[b, h])[:, :n]
+            scores = of_heads.mean(0)
+            if by_each:
+                of_heads = of_heads * dim**-0.5
+                lse = np.log(np.exp(of_heads).sum(1)) if n else np.full(group, np.float32(split_k.EMPTY))
+                np.testing.assert_allclose(weighed["lse"][b, heads], lse, rtol=2e-6, atol=2e-6)
+                scores = np.log(np.exp(of_heads - lse[:, None]).sum(0))
             chosen = rows[b, h][rows[b, h] >= 0]
             assert len(chosen) == len(set(chosen.tolist())) == min(tokens, n)
             assert (chosen < n).all() and (rows[b, h] >= -1).all()
@@ -112,9 +121,10 @@ def test_the_named_channels_come_to_the_device_as_they_are(case, place):
     check_fetch(case, place)
 
 
+@pytest.mark.parametrize("by_each", [False, True], ids=["by-the-mean", "by-each-head"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_the_best_tokens_of_each_head_are_chosen(case):
-    check_selection(case)
+def test_the_best_tokens_of_each_head_are_chosen(case, by_each):
+    check_selection(case, by_each)
 
 
 @ON_HOST
@@ -127,6 +137,7 @@ def test_the_output_is_the_softmax_over_the_chosen_and_the_exact_tokens(case, pl
 def test_the_kernels_do_the_same_in_interpret_mode(case):
     check_fetch(case, jax.memory.Space.Device, interpret=True)
     check_selection(case, interpret=True)
+    check_selection(case, by_each=True, interpret=True)
     check_attention(case, jax.memory.Space.Device, interpret=True)
 
 
@@ -139,6 +150,7 @@ def test_all_three_do_the_same_on_a_device(case, name):
             check(case, jax.memory.Space.Host, implementation=name)
     if name in dispatch.TABLE["select_tokens"]:
         check_selection(case, implementation=name)
+        check_selection(case, by_each=True, implementation=name)
 
 
 def test_bytes_are_fetched_as_numbers_are():
@@ -176,6 +188,8 @@ def test_arguments_that_do_not_belong_together_are_refused():
         ("q must be", lambda: select_tokens(q[:, :3], fetched, rows, count, tokens=1)),
         ("channels must be", lambda: select_tokens(q, fetched, rows[..., :2], count, tokens=1)),
         ("count must be", lambda: select_tokens(q, fetched, rows, jnp.zeros(2, jnp.int32), tokens=1)),
+        ("lse must be", lambda: select_tokens(q, fetched, rows, count, tokens=1, lse=jnp.zeros((1, 2)))),
+        ("channel_lse: q must be", lambda: channel_lse(q[:, :3], fetched, rows, count, scale=1)),
         ("tokens=0", lambda: select_tokens(q, fetched, rows, count, tokens=0)),
         ("q .* and keys", lambda: attend_rows(q[:, :3], keys, keys, rows, scale=1)),
         ("values must be", lambda: attend_rows(q, keys, keys[:, :, :4], rows, scale=1)),
@@ -196,8 +210,9 @@ def test_programs_that_choose_have_as_many_warps_as_triton_takes(tokens):
         assert triton._warps(considered) in (4, 8, 16)
 
 
+@pytest.mark.parametrize("by_each", [False, True], ids=["by-the-mean", "by-each-head"])
 @pytest.mark.parametrize("name", dispatch.TABLE["attend_rows"])
-def test_a_step_lowers_for_cuda_without_a_copy_of_the_tier(name):
+def test_a_step_lowers_for_cuda_without_a_copy_of_the_tier(name, by_each):
     """The tier stays annotated as the host's, and nothing of its size is made on the device."""
     case = (128, 4, "bfloat16", (4096,), 4096, 128, (8,))
     q, keys, values, count, exact = arrays(case)
@@ -208,12 +223,17 @@ def test_a_step_lowers_for_cuda_without_a_copy_of_the_tier(name):
         )
         channels = jax.lax.top_k(jnp.abs(q.reshape(1, 2, 4, 128).mean(2)), 8)[1].astype(jnp.int32)
         fetched = fetch_channels(by_channel, channels, implementation=name)
-        rows = select_tokens(q, fetched, channels, count, tokens=128, implementation=name)
+        asked, weighed = (q, fetched, channels, count), {}
+        if by_each:
+            weighed = {"scale": 0.1, "lse": channel_lse(*asked, scale=0.1, implementation=name)}
+        rows = select_tokens(*asked, tokens=128, **weighed, implementation=name)
         return attend_rows(q, keys, values, rows, exact, scale=1.0, implementation=name)
 
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         text = jax.jit(step).trace(q, keys, values, count).lower(lowering_platforms=("cuda",)).as_text()
     to_device = [line for line in text.splitlines() if 'placement = "device"' in line]
     assert text.count('placement = "pinned_host"') >= 3
-    assert bool(to_device) == (name == "xla") and text.count("__gpu$xla.gpu.triton") == (0 if name == "xla" else 5)
+    assert bool(to_device) == (name == "xla") and text.count("__gpu$xla.gpu.triton") == (
+        0 if name == "xla" else 5 + by_each
+    )
     assert not any("4096x128" in line or "128x4096" in line for line in to_device)

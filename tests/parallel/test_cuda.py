@@ -44,8 +44,8 @@ CONFIG = dataclasses.replace(
             marks=pytest.mark.slow,
         ),
         pytest.param(
-            TailorKV(roles=("sparse*2",), implementation="triton", basis="principal"),
-            ("fetch_channels", "_xla_stream_annotation", "pinned_host"),
+            TailorKV(roles=("sparse*2",), implementation="triton", basis="principal", heads="each"),
+            ("channel_lse", "fetch_channels", "_xla_stream_annotation", "pinned_host"),
             marks=pytest.mark.slow,
         ),
         pytest.param(

@@ -22,6 +22,7 @@ SHAPES = ("8x1x1", "1x8x1", "1x1x8", "2x2x2", "4x2x1", "1x4x2")
 ON_HOST = "tailorkv:bits=2,group=8,residual=16,roles=quantised+sparse,tokens=24,channels=4,sink=2,recent=5,block=8"
 CODES_ON_HOST = "tailorkv:roles=sparse*2,host=vecinfer-4,tokens=24,channels=4,sink=2,recent=5,block=8"
 IN_BASIS = "tailorkv:roles=sparse*2,basis=principal,tokens=24,channels=4,sink=2,recent=5,block=8"
+BY_EACH = IN_BASIS.replace("basis=principal", "heads=each")
 CODES_IN_BASIS = CODES_ON_HOST + ",basis=principal"
 METHODS = (
     "full",
@@ -35,6 +36,7 @@ METHODS = (
     ON_HOST,
     CODES_ON_HOST,
     IN_BASIS,
+    BY_EACH,
     CODES_IN_BASIS,
 )
 

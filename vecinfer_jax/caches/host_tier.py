@@ -25,7 +25,7 @@ from flax import struct
 from jax.experimental.compute_on import compute_on
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
-from pallas_kernels import attend_rows, dispatch, fetch_channels, select_tokens
+from pallas_kernels import attend_rows, channel_lse, dispatch, fetch_channels, select_tokens
 from pallas_kernels.exact import rounded
 from pallas_kernels.host_tier.reference import attend_fetched, best_rows, token_scores
 from pallas_kernels.vq_decode_attention.reference import dequantise
@@ -49,6 +49,7 @@ from vecinfer_jax.rope import apply_rope
 
 HOST, DEVICE = jax.memory.Space.Host, jax.memory.Space.Device
 BASES = ("channels", "principal")
+HEADS = ("mean", "each")
 
 
 @struct.dataclass
@@ -94,6 +95,8 @@ class SparseLayer(WindowedMethod):
     residual: recent tokens on the device, 1 or more; sink: first tokens on the device.
     basis:    whose channels those are: the model's own ("channels", the paper), or "principal", ours: the directions of
         VecInfer's metric transform, in which the calibration's keys are uncorrelated, weighted by its queries.
+    heads:    how the query heads of a KV head choose together: by their mean query ("mean", the paper), or "each",
+        ours: channels by the root of their mean square, tokens by the sum of the weights that each head gives them.
     implementation: of the operations on the host's memory (`pallas_kernels.host_tier`); None: the best for the device.
     """
 
@@ -101,6 +104,7 @@ class SparseLayer(WindowedMethod):
     channels: int = 8
     block: int = 64
     basis: str = "channels"
+    heads: str = "mean"
     implementation: str | None = None
     interpret: bool = False
 
@@ -112,8 +116,9 @@ class SparseLayer(WindowedMethod):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name}={value!r} must be a whole number, 1 or more")
-        if self.basis not in BASES:
-            raise InputError(f"basis={self.basis!r} is unknown; choose from {', '.join(BASES)}")
+        for name, choices in (("basis", BASES), ("heads", HEADS)):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(choices)}")
         known = dispatch.TABLE["attend_rows"]
         if self.implementation is not None and self.implementation not in known:
             raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(known)}")
@@ -326,22 +331,40 @@ class SparseLayer(WindowedMethod):
     ) -> tuple[Float[Array, "B Hq D"], Float[Array, "B Hq"]]:
         store, dealt = cache.store, self.stripes(layer)
         channels, fetched = store.ahead or self.fetched(store, q, layer)
-        mine = self.index_query(q, store)
+        mine, held = self.index_query(q, store), self.held(cache, layer)
+        lse = None
+        if self.heads == "each":
+            own = channel_lse(mine, fetched, channels, held, scale=layer.scale, **self._how("channel_lse"))
+            lse = dealt.logsumexp(own)
         rows = select_tokens(
-            mine, fetched, channels, self.held(cache, layer), tokens=self.tokens, **self._how("select_tokens")
+            mine,
+            fetched,
+            channels,
+            held,
+            tokens=self.tokens,
+            scale=layer.scale,
+            lse=lse,
+            **self._how("select_tokens"),
         )
         if dealt.axis is not None:
             found = jnp.take_along_axis(fetched, jnp.maximum(rows, 0)[:, :, None], axis=3)
-            rows = dealt.best(rows, token_scores(mine, found, channels), self.tokens)
+            rows = dealt.best(rows, token_scores(mine, found, channels, layer.scale, lse), self.tokens)
         return rounded(*self.attend_chosen(q, rows, cache, layer), dtype)
 
     def fetched(
         self, store: HostStore, predicted: Float[Array, "B Hq D"], layer: LayerShape
     ) -> tuple[Int[Array, "B Hkv c"], Float[Array, "B Hkv c S"]]:
         """The critical channels of a query, and these of all keys (steps 2 and 3)."""
-        mean = _group_mean(self.index_query(predicted, store), layer)
-        channels = self.critical_channels(mean, store.key_abs_max)
+        size = self.query_size(self.index_query(predicted, store), layer)
+        channels = self.critical_channels(size, store.key_abs_max)
         return channels, self.fetch(store, channels)
+
+    def query_size(self, q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:
+        """|q_i| of the query heads of each KV head together, by which channels are chosen."""
+        grouped = _grouped(q, layer)
+        if self.heads == "mean":
+            return jnp.abs(jnp.mean(grouped, axis=-2))
+        return jnp.sqrt(jnp.mean(jnp.square(grouped), axis=-2))
 
     def fetch(self, store: HostStore, channels: Int[Array, "B Hkv c"]) -> Float[Array, "B Hkv c S"]:
         """Those channels of all keys."""
@@ -356,10 +379,10 @@ class SparseLayer(WindowedMethod):
         return attend_rows(q, *held, rows, self.exact_tokens(cache, layer), scale=layer.scale, **how)
 
     def critical_channels(
-        self, mean: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
+        self, size: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
     ) -> Int[Array, "*rows Hkv c"]:
         """The channels with the largest |q_i| max |k_i| (section 3.3)."""
-        return jax.lax.top_k(jnp.abs(mean) * key_abs_max, self.channels)[1].astype(jnp.int32)
+        return jax.lax.top_k(size * key_abs_max, self.channels)[1].astype(jnp.int32)
 
     # -- the strict evaluation: every query of a prompt as decoding would answer it
 
@@ -428,10 +451,15 @@ class SparseLayer(WindowedMethod):
         """Which of the first held[b, t] tokens on the host each query reads (steps 2 and 4)."""
         b, t = held.shape
         peak = jnp.take_along_axis(peaks, (held // self.block)[:, None, :, None], axis=2).swapaxes(1, 2)
-        channels = self.critical_channels(_group_mean(predicted, layer), peak)
-        critical = _marked(channels, layer.head_dim)
-        mean = jnp.where(critical, _group_mean(q, layer), 0.0)
-        products = scores(mean.astype(jnp.float32), keys.astype(jnp.float32), 1.0)[:, :, 0].swapaxes(1, 2)
+        critical = _marked(self.critical_channels(self.query_size(predicted, layer), peak), layer.head_dim)
+        grouped = jnp.where(critical[..., None, :], _grouped(q, layer), 0.0)
+        if self.heads == "mean":
+            grouped = jnp.mean(grouped, axis=-2, keepdims=True)
+        products = scores(grouped.reshape(b, t, -1, layer.head_dim), keys.astype(jnp.float32), 1.0)
+        if self.heads == "each":
+            counts = jnp.arange(keys.shape[2]) < held[:, None, None, :, None]
+            products = jax.nn.log_softmax(jnp.where(counts, layer.scale * products, MASKED), axis=-1)
+        products = jax.nn.logsumexp(products, axis=2).swapaxes(1, 2)
         flat = products.reshape(b * t, *products.shape[2:])
         rows = best_rows(flat, held.reshape(-1), min(self.tokens, keys.shape[2]))
         return _marked(rows, keys.shape[2]).reshape(b, t, -1, keys.shape[2]).swapaxes(1, 2)
@@ -516,9 +544,9 @@ class CodedSparseLayer(SparseLayer):
         return dequantise(store.keys, store.codebooks.key_codebook, layer.head_dim, layer.dtype)
 
     def critical_channels(
-        self, mean: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
+        self, size: Float[Array, "*rows Hkv D"], key_abs_max: Float[Array, "*rows Hkv D"]
     ) -> Int[Array, "*rows Hkv c"]:
-        weight = jnp.abs(mean) * key_abs_max
+        weight = size * key_abs_max
         pairs = jax.lax.top_k(weight.reshape(*weight.shape[:-1], -1, 2).sum(-1), self.channels)[1].astype(jnp.int32)
         return (2 * pairs[..., None] + jnp.arange(2, dtype=jnp.int32)).reshape(*pairs.shape[:-1], -1)
 
@@ -622,9 +650,9 @@ def _mapped(x: Float[Array, "*rows n D"], matrix: Float32[Array, "Hkv D D"]) -> 
     return out.transpose(1, 0, 2, 3).reshape(x.shape).astype(x.dtype)
 
 
-def _group_mean(q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:
-    """Mean over the query heads of each KV head."""
-    return jnp.mean(q.astype(jnp.float32).reshape(*q.shape[:-2], layer.num_kv_heads, -1, q.shape[-1]), axis=-2)
+def _grouped(q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv G D"]:
+    """The query heads of each KV head."""
+    return q.astype(jnp.float32).reshape(*q.shape[:-2], layer.num_kv_heads, -1, q.shape[-1])
 
 
 def _marked(index: Int[Array, "*rows n"], size: int) -> Bool[Array, "*rows size"]:

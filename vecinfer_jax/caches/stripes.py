@@ -101,6 +101,13 @@ class Stripes:
         """Of each element, the largest that any device has."""
         return x if self.axis is None else lax.pmax(x, self.axis)
 
+    def logsumexp(self, x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+        """Of each element, the log-sum-exp over the devices."""
+        if self.axis is None:
+            return x
+        peak = lax.pmax(x, self.axis)
+        return peak + jnp.log(lax.psum(jnp.exp(x - peak), self.axis))
+
     def best(
         self, places: Int[Array, "*rows k"], scores: Float32[Array, "*rows k"], wanted: int
     ) -> Int[Array, "*rows k"]:

@@ -40,6 +40,8 @@ class TailorKV(LayeredMethod):
     host:       what lies on the host: "exact" keys and values, or ours, "vecinfer-4": VecInfer's 4-bit codes, a quarter
         of 16 bits to hold and to fetch; `channels` then counts pairs of channels.
     basis:      whose channels those are: the model's own, "channels" (paper), or ours, "principal" (`SparseLayer`).
+    heads:      how query heads that share a KV head choose: by their mean, "mean" (paper), or ours, "each"
+        (`SparseLayer`).
     implementation: of the operations on the host's memory; interpret: run Pallas kernels in interpret mode (tests).
 
     The defaults are the paper's for LongBench; `TailorKV.long_context()` has those for InfiniteBench and RULER.
@@ -59,6 +61,7 @@ class TailorKV(LayeredMethod):
     quantised: CacheMethod | None = None
     host: str = "exact"
     basis: str = dataclasses.field(default="channels", metadata={"later": True})
+    heads: str = dataclasses.field(default="mean", metadata={"later": True})
     implementation: str | None = None
     interpret: bool = False
 
@@ -102,6 +105,7 @@ class TailorKV(LayeredMethod):
             residual=self.recent,
             sink=self.sink,
             basis=self.basis,
+            heads=self.heads,
             implementation=self.implementation,
             interpret=self.interpret,
         )
