@@ -41,6 +41,8 @@ def facts(lm: vj.LanguageModel, calibration: vj.Calibration, windows: Any) -> di
         "tokens": method.tokens,
         "by_channels": recall(method, None),
         "by_channels_in_principal_basis": recall(ours, basis),
+        "by_channels_of_each_head": recall(dataclasses.replace(method, heads="each"), None),
+        "by_channels_in_principal_basis_of_each_head": recall(dataclasses.replace(ours, heads="each"), basis),
     }
 
 

@@ -205,9 +205,12 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "tasks": [*long, text],
             "seeds": [0],
         },
-        # The same choice in our basis: --passages 16 --passage-length 4096.
+        # The same choice in our basis, and by each query head: --passages 16 --passage-length 4096.
         "tailorkv-basis": {
-            "methods": [f"{sparse},{TAILORKV[0]},basis=principal"],
+            "methods": [
+                f"{sparse},{TAILORKV[0]},{ours}"
+                for ours in ("basis=principal", "heads=each", "basis=principal,heads=each")
+            ],
             "tasks": ["needle:samples=1", "needle:lengths=4096,samples=1"],
             "prefills": ["exact"],
             "seeds": [0],
@@ -220,6 +223,12 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 *windowed([f"vecinfer:bits=2,transform={t},sink=1" for t in ("smooth-hadamard", "metric")], (0, 128)),
             ],
             "tasks": [text, text.replace("wikitext2_detok_test.txt", "essays.txt")],
+            "seeds": [0],
+        },
+        # Likewise, refined: --passages 64 --passage-length 2048 --repeated 0.5.
+        "unseen-best": {
+            "methods": [f"{METRIC},residual={r},{BEST}" for r in (0, 128)],
+            "tasks": [text.replace("wikitext2_detok_test.txt", "essays.txt")],
             "seeds": [0],
         },
         # On --passages 128 --passage-length 1024, and, so that the needle is found, 64 of 2,048 and --repeated 0.5.
@@ -278,7 +287,7 @@ def main() -> int:
     if args.mixed_with is not None and args.calibration_text is not None:
         parser.error("give either --mixed-with or --calibration-text")
     essays = args.data / "essays.txt"
-    if {"long", "unseen"}.intersection(args.group) and not essays.exists():
+    if {"long", "lengths", "unseen", "unseen-best"}.intersection(args.group) and not essays.exists():
         text = json.loads(assets.fetch("paul-graham-essays").read_text(encoding="utf-8"))["text"]
         essays.write_text(text[:ESSAYS], encoding="utf-8")
     known = groups(args.model, args.data)

@@ -250,11 +250,11 @@ def tailorkv(task: str) -> Callable[[], str]:
                 length = f"{row['task']['lengths'][0]:,}"
                 numbers = [length, f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"]
             bits = f"{result['bits_per_element']:.4g}"
-            basis = method.get("basis", "channels")
-            cells.append([layers, *settings, method["host"], basis, bits, *numbers])
+            ours = method.get("basis", "channels"), method.get("heads", "mean")
+            cells.append([layers, *settings, method["host"], *ours, bits, *numbers])
         cells = [list(line) for line in dict.fromkeys(map(tuple, cells))]  # some were measured on two devices
-        cells.sort(key=lambda line: (line[0] != "none", line[0], -int(line[1]), int(line[2]), line[6], line[8]))
-        about = ["quantised layers", "tokens", "channels", "sink", "recent", "host", "basis", "bits"]
+        cells.sort(key=lambda line: (line[0] != "none", line[0], -int(line[1]), int(line[2]), *line[6:8], line[9]))
+        about = ["quantised layers", "tokens", "channels", "sink", "recent", "host", "basis", "heads", "bits"]
         measured = {"perplexity": ["perplexity", "KL, nats", "top-1 agreement, %"]}
         return table([*about, *measured.get(task, ["length", "found", "gold NLL, nats a case"])], cells)
 
@@ -262,16 +262,22 @@ def tailorkv(task: str) -> Callable[[], str]:
 
 
 def recalls() -> str:
-    """How much of the attention that host tokens could get the chosen ones do, by channels and their basis."""
+    """How much of the attention that host tokens could get the chosen ones do, by channels, their basis, and heads."""
+    kinds = {
+        "by_channels": ("channels", "mean"),
+        "by_channels_of_each_head": ("channels", "each"),
+        "by_channels_in_principal_basis": ("principal", "mean"),
+        "by_channels_in_principal_basis_of_each_head": ("principal", "each"),
+    }
     cells = []
     for file in sorted((ROOT / "results").glob("*/layer-roles-*.json")):
         found = json.loads(file.read_text())
-        for key, basis in (("by_channels", "channels"), ("by_channels_in_principal_basis", "principal")):
+        for key, (basis, heads) in kinds.items():
             for channels, measured in found.get(key, {}).items():
                 shares = [f"{100 * measured[name]:.1f}" for name in ("recall", "kept", "best")]
-                cells.append([found["calibration"]["model"]["name"], basis, channels, *shares])
+                cells.append([found["calibration"]["model"]["name"], basis, heads, channels, *shares])
     about = ["recall, %", "attention read, %", "at best, %"]
-    return table(["model", "basis", "channels", *about], cells)
+    return table(["model", "basis", "heads", "channels", *about], cells)
 
 
 def name_of(method: str) -> Callable[[dict[str, Any]], bool]:
@@ -301,7 +307,8 @@ def unseen() -> str:
             method = row["method"]
             label = method_label(method)
             if method["name"] == "vecinfer":
-                label = f"{method['transform']}, residual={method['residual']}"
+                refined = ", refined" if beside(method) else ""
+                label = f"{method['transform']}{refined}, residual={method['residual']}"
             lines.setdefault(label, {}).setdefault(name, f"{row['result']['perplexity']:.2f}")
     order = sorted(lines, key=lambda label: (label != "full", label.split("residual=")[-1], label))
     return table(["cache", *columns], [[label, *(lines[label].get(name, "") for name in columns)] for label in order])
@@ -312,7 +319,8 @@ def compared(row: dict[str, Any]) -> bool:
     method = row["method"]
     if method["name"] == "vecinfer":
         both = method["transform"] in ("metric", "smooth-hadamard")
-        return bool(both and method["sink"] == 1 and method["bits"] == 2 and row["seed"] == 0 and is_plain(row))
+        shown = is_plain(row) or row["calibration"].get("repeated")
+        return bool(both and shown and method["sink"] == 1 and method["bits"] == 2 and row["seed"] == 0)
     return method["name"] == "full" or (method["name"] == "kivi" and (method["bits"], method["group"]) == (2, 32))
 
 
@@ -322,28 +330,35 @@ def is_plain(row: dict[str, Any]) -> bool:
     return method.get("key") is None and method["scope"] == "layer_head" and not beside(method)
 
 
-def metric_ideas() -> str:
+def metric_ideas(model: str) -> Callable[[], str]:
     """The metric transform with what calibration can do beyond k-means, by bits, window and perplexity."""
-    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    shown = {"length": 1024, "path": WIKITEXT, "transform": "metric", "sink": 1, "prefill": "coded"}
-    for row in rows_of(SMOLLM2, "perplexity", mixed=True, **shown):
-        method = row["method"]
-        if row["calibration"]["passage_length"] != 1024:  # those are in `lengths`
-            continue
-        settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
-        name = spelt(settings)
-        passages = row["calibration"]["passages"], where(row)
-        lines.setdefault((row["result"]["bits_per_element"], method["residual"], name, passages), []).append(
-            row["result"]
-        )
-    cells = []
-    for (bits, residual, name, (passages, device)), found in lines.items():
-        measures = [mean_and_spread([r[key] for r in found], form) for key, form in SHOWN.items()]
-        cells.append([f"{bits:g}", str(residual), name, str(passages), str(len(found)), *measures, device])
-    cells.sort(key=lambda line: (-float(line[0]), -int(line[1]), float(line[5].split()[0])))
-    return table(
-        ["bits", "residual", "beside the transform", "passages", "seeds", "perplexity", "KL, nats", "device"], cells
-    )
+
+    def make() -> str:
+        lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        shown = {"length": 1024, "path": WIKITEXT, "transform": "metric", "sink": 1, "prefill": "coded"}
+        for row in rows_of(model, "perplexity", mixed=True, **shown):
+            method, calibration = row["method"], row["calibration"]
+            if calibration["passage_length"] != 1024 and not calibration.get("repeated"):  # those are in `lengths`
+                continue
+            settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
+            about = row["result"]["bits_per_element"], method["residual"], spelt(settings), text_of(row), where(row)
+            lines.setdefault(about, []).append(row["result"])
+        cells = []
+        for (bits, residual, name, text, device), found in lines.items():
+            measures = [mean_and_spread([r[key] for r in found], form) for key, form in SHOWN.items()]
+            cells.append([f"{bits:g}", str(residual), name, text, str(len(found)), *measures, device])
+        cells.sort(key=lambda line: (-float(line[0]), -int(line[1]), float(line[5].split()[0])))
+        about = ["bits", "residual", "beside the transform", "passages", "seeds"]
+        return table([*about, "perplexity", "KL, nats", "device"], cells)
+
+    return make
+
+
+def text_of(row: dict[str, Any]) -> str:
+    """What a row was calibrated on, in words."""
+    text = row["calibration"]
+    share = text.get("repeated")
+    return f"{text['passages']} of {text['passage_length']:,}" + (f", {share:.0%} said twice" if share else "")
 
 
 def lengths() -> str:
@@ -370,13 +385,15 @@ def lengths() -> str:
 
 def metric_needle() -> str:
     """The needle at 2 bits with one exact token, as calibrated by default and refined."""
-    cells = []
+    lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows_of(SMOLLM2, "needle", mixed=True, transform="metric", samples=3, prefill="coded"):
-        method, result = row["method"], row["result"]
-        name = spelt(beside(method))
-        text = f"{row['calibration']['passages']} of {row['calibration']['passage_length']:,}"
-        found = f"{result['score']:g} of {result['answered']}", f"{result['gold_nll']:.2f}"
-        cells.append([str(method["residual"]), name, text, *found, where(row)])
+        about = row["method"]["residual"], spelt(beside(row["method"])), text_of(row), where(row)
+        lines.setdefault(about, []).append(row["result"])
+    cells = []
+    for (residual, name, text, device), found in lines.items():
+        scores = ", ".join(f"{r['score']:g}" for r in found) + f" of {found[0]['answered']}"
+        nll = sum(r["gold_nll"] for r in found) / len(found)
+        cells.append([str(residual), name, text, scores, f"{nll:.2f}", device])
     cells.sort(key=lambda line: (-int(line[0]), float(line[4])))
     return table(["residual", "beside the transform", "passages", "found", "gold NLL, nats a case", "device"], cells)
 
@@ -410,7 +427,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "tailorkv": tailorkv("perplexity"),
     "tailorkv-needle": tailorkv("needle"),
     "tailorkv-recall": recalls,
-    "metric-ideas": metric_ideas,
+    "metric-ideas": metric_ideas(SMOLLM2),
+    "metric-ideas-qwen": metric_ideas(QWEN),
     "metric-needle": metric_needle,
     "lengths": lengths,
     "unseen": unseen,

@@ -84,7 +84,8 @@ class VecInfer(VectorQuantisedMethod):
     restarts:   starts of k-means, the best of which is kept.
     refine:     "attention": codebooks and the queries' map end with gradient descent on the error of the attention's
         output, layer by layer (`vecinfer_jax.calibration.refine`); "kl": and then on the divergence of the model's
-        predictions (`distil`). With transform="metric" or "rotation"; decoding costs the same.
+        predictions (`distil`), on text of which half is said twice (`calibrate`), so that what is there is found
+        again. With transform="metric" or "rotation"; decoding costs the same.
     implementation: of the cache's kernels ("mosaic_gpu" for decoding in 16 bits on Hopper, "triton", "xla"; None: the
         best that serves the device and the model); interpret: run Pallas kernels in interpret mode (tests).
     """
@@ -122,6 +123,11 @@ class VecInfer(VectorQuantisedMethod):
             raise InputError(f"refine={self.refine!r} needs transform=metric or rotation, not {self.transform}")
         if self.scope == "global" and (self.refine, self.weighted, self.restarts) != ("none", "none", 1):
             raise InputError("scope='global' has no weighted, restarts or refine: choose scope layer_head or layer")
+
+    @classmethod
+    def refined(cls, **settings: Any) -> "VecInfer":
+        """With all that calibration can do beyond k-means, which needs a GPU: minutes there for a small model."""
+        return cls(**{"weighted": "both", "rotate_values": True, "refine": "kl"} | settings)
 
     @property
     def rotates(self) -> bool:
