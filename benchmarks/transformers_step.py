@@ -103,9 +103,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     config = llama_8b(2, 1024, 256, 512) if args.tiny else llama_8b()
     model = make_model(config, device)
-    held = json.loads(args.output.read_text())["rows"] if args.output and args.output.exists() else []
-    rows = {tuple(row[key] for key in WHAT): row for row in held}
-    name = torch.cuda.get_device_name() if device == "cuda" else "cpu"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    environment = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu", "versions": versions}
+    held = json.loads(args.output.read_text()) if args.output and args.output.exists() else {}
+    same = held.get("environment") == environment  # else all is to be measured again
+    rows = {tuple(row[key] for key in WHAT): row for row in held["rows"]} if same else {}
     for index in args.rows if args.rows is not None else range(len(ROWS)):
         batch, tokens, kind = ROWS[index]
         row: dict[str, Any] = {"cache": kind, "batch": batch, "tokens": tokens // 64 if args.tiny else tokens}
@@ -117,8 +119,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         rows[tuple(row[key] for key in WHAT)] = row
         print(json.dumps(row), flush=True)
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-        result = {"environment": {"device": name, "versions": versions}, "rows": list(rows.values())}
+        result = {"environment": environment, "rows": list(rows.values())}
         if args.output:
             args.output.write_text(json.dumps(result, indent=1) + "\n")
 

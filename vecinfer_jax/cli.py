@@ -567,7 +567,7 @@ def evaluate_table(
     passages: Annotated[int, typer.Option(help="Calibration passages.")] = PASSAGES,
     passage_length: Annotated[int, typer.Option(help="Tokens a calibration passage.")] = PASSAGE_LENGTH,
     samples: Annotated[int, typer.Option(help="Tokens kept of each layer to fit codebooks to.")] = SAMPLES,
-    repeated: Annotated[float, typer.Option(help=f"{REPEATED_HELP}.")] = 0.0,
+    repeated: Annotated[float, typer.Option(help=f"{REPEATED_HELP}; 0.5 is for refine=kl.")] = 0.0,
     calibration_text: Annotated[
         Path | None, typer.Option(help="UTF-8 text to calibrate on; default: Wikipedia paragraphs, fetched.")
     ] = None,

@@ -81,7 +81,7 @@ def select_tokens(
     count: Int32[Array, "B"],
     *,
     tokens: int,
-    scale: float = 1.0,
+    scale: float | None = None,
     lse: Float32[Array, "B Hq"] | None = None,
     implementation: str | None = None,
     interpret: bool = False,
@@ -98,8 +98,8 @@ def select_tokens(
         channels: distinct channels of each KV head, 0 to D - 1.
         count: tokens that count in each row, 0 to S.
         tokens: how many to choose for each KV head, 1 or more.
-        scale, lse: of each head's scores, as `channel_lse` takes and gives them; or, where tokens are spread over
-            several devices, their log-sum-exp over all of them.
+        scale, lse: both or neither; of each head's scores, as `channel_lse` takes and gives them; or, where tokens are
+            spread over several devices, their log-sum-exp over all of them.
         implementation, interpret: as of `fetch_channels`.
 
     Returns:
@@ -110,13 +110,16 @@ def select_tokens(
         ValueError: shapes or dtypes that do not belong together; tokens below 1.
     """
     _check_scored("select_tokens", q, fetched, channels, count)
-    if lse is not None and lse.shape != q.shape[:2]:
-        raise ValueError(f"select_tokens: lse must be float32{list(q.shape[:2])}, got {list(lse.shape)}")
+    if (lse is None) != (scale is None):
+        raise ValueError("select_tokens: give scale and lse together, as channel_lse takes and gives them")
+    if lse is not None and (lse.shape != q.shape[:2] or lse.dtype != jnp.float32):
+        raise ValueError(f"select_tokens: lse must be float32{list(q.shape[:2])}, got {lse.dtype}{list(lse.shape)}")
     if tokens < 1:
         raise ValueError(f"select_tokens: tokens={tokens} must be 1 or more")
     asked = q, fetched, channels, count
     most = min(tokens, fetched.shape[3])
-    return dispatch.call("select_tokens", implementation, interpret, *asked, tokens=most, scale=float(scale), lse=lse)
+    scale = None if scale is None else float(scale)
+    return dispatch.call("select_tokens", implementation, interpret, *asked, tokens=most, scale=scale, lse=lse)
 
 
 def _check_scored(

@@ -36,9 +36,9 @@ def channel_lse(
 ) -> Float32[Array, "B Hq"]:
     """The meaning of `pallas_kernels.channel_lse`."""
     scores = scale * product("bhgc,bhcs->bhgs", critical_elements(q, channels), fetched.astype(jnp.float32))
-    counts = jnp.arange(scores.shape[-1]) < count[:, None, None, None]
+    counts = (jnp.arange(scores.shape[-1]) < count[:, None, None, None]) & ~jnp.isnan(scores)
     lse = jax.nn.logsumexp(jnp.where(counts, scores, -jnp.inf), axis=-1)
-    return jnp.where(count[:, None, None] > 0, lse, split_k.EMPTY).reshape(q.shape[:2])
+    return jnp.maximum(lse, split_k.EMPTY).reshape(q.shape[:2])
 
 
 def select_tokens(
@@ -48,7 +48,7 @@ def select_tokens(
     count: Int32[Array, "B"],
     *,
     tokens: int,
-    scale: float = 1.0,
+    scale: float | None = None,
     lse: Float32[Array, "B Hq"] | None = None,
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
@@ -60,12 +60,12 @@ def token_scores(
     q: Float[Array, "B Hq D"],
     fetched: Float[Array, "B Hkv c S"],
     channels: Int32[Array, "B Hkv c"],
-    scale: float = 1.0,
+    scale: float | None = None,
     lse: Float32[Array, "B Hq"] | None = None,
 ) -> Float32[Array, "B Hkv S"]:
-    """Those by which tokens are selected."""
+    """Those by which tokens are selected; scale and lse: both or neither."""
     critical, fetched = critical_elements(q, channels), fetched.astype(jnp.float32)
-    if lse is None:
+    if scale is None or lse is None:
         return product("bhc,bhcs->bhs", jnp.mean(critical, axis=2), fetched)
     weights = scale * product("bhgc,bhcs->bhgs", critical, fetched) - lse.reshape(*critical.shape[:3], 1)
     return jax.nn.logsumexp(weights, axis=2)

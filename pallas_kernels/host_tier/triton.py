@@ -103,7 +103,8 @@ def channel_lse(
     )(critical, fetched.reshape(rows, -1, size), count)
     peak = jnp.max(peaks, axis=-1)
     lse = (peak + jnp.log2(jnp.sum(sums * jnp.exp2(peaks - peak[..., None]), axis=-1))) / _LOG2_E
-    return jnp.where(count[:, None] > 0, lse.reshape(q.shape[:2]), split_k.EMPTY)
+    # Tiles and rows without any token that counts have EMPTY for a peak, in powers of two.
+    return jnp.where(peak > split_k.EMPTY, lse, split_k.EMPTY).reshape(q.shape[:2])
 
 
 def _tile_lse(
@@ -153,7 +154,7 @@ def select_tokens(
     count: Int32[Array, "B"],
     *,
     tokens: int,
-    scale: float = 1.0,
+    scale: float | None = None,
     lse: Float32[Array, "B Hq"] | None = None,
     interpret: bool = False,
 ) -> Int32[Array, "B Hkv k"]:
@@ -165,7 +166,7 @@ def select_tokens(
     batch, kv_heads, _, size = fetched.shape
     rows = batch * kv_heads
     run, runs = _runs(size, tokens)
-    if lse is None:
+    if scale is None or lse is None:
         mean = jnp.mean(critical_elements(q, channels), axis=2)
         critical, sums = mean.reshape(rows, 1, -1), jnp.zeros((rows, 1), jnp.float32)
     else:

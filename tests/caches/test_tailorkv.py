@@ -322,6 +322,7 @@ def test_codebooks_are_fitted_for_the_layers_that_take_them():
         ({"roles": ("sparse*0",)}, "is no role"),
         ({"quantised": "vecinfer"}, "quantised='vecinfer'"),
         ({"quantised": TailorKV()}, "must be one method"),
+        ({"quantised": vj.VecInfer.refined()}, "use refine='attention'"),
         ({"implementation": "magic"}, "implementation='magic'"),
     ],
     ids=str,
@@ -386,7 +387,7 @@ def test_what_runs_on_the_second_stream_calls_no_function(coded, qkv):
     """XLA gives a call within a call on a second stream no stream at all, and does not compile."""
     method, calibration = coded
     metric = dataclasses.replace(method, basis="principal")
-    layers = (method, calibration), (FEW, None), (IN_BASIS, BASIS), (metric, calibration | BASIS)
+    layers = (method, calibration), (FEW, None), (BY_EACH, None), (IN_BASIS, BASIS), (metric, calibration | BASIS)
     for layer, fitted in layers:
         store = layer.init(LAYER, 2, 40, fitted).store
         fetched = jax.make_jaxpr(lambda q, layer=layer, store=store: layer.fetched(store, q, LAYER))(qkv[0][:, 0])
@@ -407,9 +408,10 @@ def test_coded_layers_in_the_basis_read_what_vecinfer_does_where_they_read_every
 
 
 @pytest.mark.slow
-def test_coded_layers_choose_pairs_and_read_codes(coded):
+@pytest.mark.parametrize("heads", ["mean", "each"])
+def test_coded_layers_choose_pairs_and_read_codes(coded, heads):
     """Decoding against the definition, with keys and values as codes read back."""
-    method, calibration = coded
+    method, calibration = dataclasses.replace(coded[0], heads=heads), coded[1]
     q, k, v = random_qkv(1, 30, seed=3)
     out, cache = decode_all(method, jax.jit(lambda: method.init(LAYER, 1, 40, calibration))(), q, k, v, [0], 30)
     at_once = jax.jit(lambda: method.init(LAYER, 1, 40, calibration))()
@@ -422,11 +424,17 @@ def test_coded_layers_choose_pairs_and_read_codes(coded):
     near = np.r_[0:2, 2 + held : 30]
     for h in range(2):
         coded_keys, mine = keys[h] / smooth[h], queries[3 * h : 3 * h + 3]
-        mean = mine.mean(0) * smooth[h]
-        weight = np.abs(mean) * np.abs(coded_keys).max(0)
+        asked = mine * smooth[h]
+        size = np.abs(asked.mean(0)) if heads == "mean" else np.sqrt((asked**2).mean(0))
+        weight = size * np.abs(coded_keys).max(0)
         pairs = np.argsort(-weight.reshape(-1, 2).sum(1))[:2]
         critical = np.r_[2 * pairs, 2 * pairs + 1]
-        rows = np.argsort(-(coded_keys[:, critical] @ mean[critical]))[:4]
+        by_head = coded_keys[:, critical] @ asked[:, critical].T
+        scores = by_head.mean(1)
+        if heads == "each":
+            weights = np.exp(by_head / 4)
+            scores = (weights / weights.sum(0)).sum(1)
+        rows = np.argsort(-scores)[:4]
         all_keys = np.concatenate([exact_keys[near, h], keys[h][rows]])
         all_values = np.concatenate([np.asarray(v[0, near, h], np.float64), values[h][rows]])
         for g in range(3):

@@ -241,7 +241,7 @@ def test_repeated_passages_say_the_same_documents_twice():
 def test_text_is_repeated_where_the_method_asks_for_it():
     lm, descends = small.model(), VecInfer(bits=1, refine="kl")
     assert (descends.calibration_repeated, VecInfer(bits=1, refine="attention").calibration_repeated) == (0.5, 0.0)
-    assert PerLayer(descends).calibration_repeated == TailorKV(quantised=descends).calibration_repeated == 0.5
+    assert PerLayer(descends).calibration_repeated == 0.5 and descends.calibration_text == (64, 2048)
     settings = {"passages": 4, "passage_length": 64, "progress": False}
     method = VecInfer(bits=1)
     plain, repeated = (calibrate(lm, method, small.texts(), repeated=r, **settings) for r in (None, 0.5))
@@ -329,9 +329,10 @@ def test_long_sequences_are_calibrated_for_and_short_calibrations_say_so(tmp_pat
     paper = VecInfer(bits=1, residual=0, transform="smooth-hadamard")
     resolve_calibration(lm, paper, small.calibration_of(paper), tokens=500)  # as the paper has it
     assert text_of(lm, method, 1000) == (2, 1024) == text_of(lm, method, 5000)
-    assert text_of(lm, VecInfer(bits=1, refine="kl"), 1000) == (2, 1024)
+    assert text_of(lm, VecInfer(bits=1, refine="attention"), 1000) == (2, 1024)
     monkeypatch.setattr("vecinfer_jax.calibration.collect.LONGEST_DESCENT", 128)
-    assert text_of(lm, VecInfer(bits=1, refine="kl"), 1000) == (4, 128)
+    assert text_of(lm, VecInfer(bits=1, refine="attention"), 1000) == (4, 128)
+    assert text_of(lm, VecInfer(bits=1, refine="kl"), 1000) == (64, 1024)
     other = VecInfer(bits=2, residual=0)
     assert text_of(lm, TailorKV(roles=("sparse*3",), basis="principal")) == (64, 1024)
     assert PerLayer(other).bound_to_positions and not PerLayer(paper).bound_to_positions

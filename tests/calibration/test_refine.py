@@ -172,6 +172,11 @@ def test_the_whole_model_comes_nearer_to_full_precision():
     assert np.square(hidden[1] - exact).mean() < np.square(hidden[0] - exact).mean()
 
 
+def test_refined_is_everything_that_calibration_can_do():
+    assert VecInfer.refined(bits=2) == VecInfer(bits=2, weighted="both", rotate_values=True, refine="kl")
+    assert VecInfer.refined(refine="attention").refine == "attention"
+
+
 @pytest.mark.slow
 def test_settings_calibrate_and_are_told_apart():
     a = activations()

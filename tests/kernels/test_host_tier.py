@@ -153,6 +153,19 @@ def test_all_three_do_the_same_on_a_device(case, name):
         check_selection(case, by_each=True, implementation=name)
 
 
+def test_tiles_of_tokens_that_do_not_count_change_nothing():
+    case = (16, 3, "float32", (0, 1100, 2100), 2100, 9, ())  # a program takes 1,024
+    check_selection(case, by_each=True, interpret=True)
+
+
+def test_no_token_counts_without_a_score():
+    q, channels, count = jnp.ones((1, 2, 8)), jnp.array([[[0, 5]]], jnp.int32), jnp.array([12], jnp.int32)
+    keys = jnp.ones((1, 1, 2, 12)).at[0, 0, 1, 3:10].set(jnp.nan)
+    for fetched, want in ((keys, 2 + np.log(5)), (jnp.full_like(keys, jnp.nan), split_k.EMPTY)):
+        for how in ({"implementation": "xla"}, {"implementation": "triton", "interpret": True}):
+            np.testing.assert_allclose(channel_lse(q, fetched, channels, count, scale=1.0, **how), want, rtol=1e-6)
+
+
 def test_bytes_are_fetched_as_numbers_are():
     codes = jnp.asarray(np.random.default_rng(0).integers(0, 256, (1, 2, 8, 30)), jnp.uint8)
     channels = jnp.asarray([[[7, 0], [3, 3]]], jnp.int32)
@@ -188,7 +201,8 @@ def test_arguments_that_do_not_belong_together_are_refused():
         ("q must be", lambda: select_tokens(q[:, :3], fetched, rows, count, tokens=1)),
         ("channels must be", lambda: select_tokens(q, fetched, rows[..., :2], count, tokens=1)),
         ("count must be", lambda: select_tokens(q, fetched, rows, jnp.zeros(2, jnp.int32), tokens=1)),
-        ("lse must be", lambda: select_tokens(q, fetched, rows, count, tokens=1, lse=jnp.zeros((1, 2)))),
+        ("lse must be", lambda: select_tokens(q, fetched, rows, count, tokens=1, scale=1, lse=jnp.zeros((1, 2)))),
+        ("scale and lse together", lambda: select_tokens(q, fetched, rows, count, tokens=1, lse=jnp.zeros((1, 4)))),
         ("channel_lse: q must be", lambda: channel_lse(q[:, :3], fetched, rows, count, scale=1)),
         ("tokens=0", lambda: select_tokens(q, fetched, rows, count, tokens=0)),
         ("q .* and keys", lambda: attend_rows(q[:, :3], keys, keys, rows, scale=1)),

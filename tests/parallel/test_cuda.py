@@ -44,6 +44,11 @@ CONFIG = dataclasses.replace(
             marks=pytest.mark.slow,
         ),
         pytest.param(
+            TailorKV(roles=("sparse*2",), implementation="triton", basis="principal"),
+            ("fetch_channels", "_xla_stream_annotation", "pinned_host"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             TailorKV(roles=("sparse*2",), implementation="triton", basis="principal", heads="each"),
             ("channel_lse", "fetch_channels", "_xla_stream_annotation", "pinned_host"),
             marks=pytest.mark.slow,
@@ -63,6 +68,7 @@ CONFIG = dataclasses.replace(
         "sparse",
         "sparse-codes",
         "sparse-principal",
+        "sparse-principal-by-each-head",
         "sparse-codes-principal",
     ],
 )

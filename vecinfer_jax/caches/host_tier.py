@@ -10,6 +10,11 @@ others in pinned host memory, keys a second time with a channel's elements conti
 5. fetches their whole keys and values,
 6. attends exactly over them, the sinks and the recent tokens.
 
+With heads="each" (ours) |q_i| in step 2 is the root of the heads' mean square, and step 4 takes the tokens with the
+largest sum over the heads of exp(score) / sum of exp(scores of all tokens on the host), the scores being each head's
+own in those channels: a token that one head needs is not outvoted by heads that look elsewhere, and a head with large
+scores does not outvote the rest.
+
 Steps 1 to 3 wait for nothing that the layer before computes after its norm: on a GPU the fetch runs beside it, on a
 stream of its own. What leaves the window in a step is moved to the host before, so that it can be chosen at once.
 """
@@ -96,7 +101,8 @@ class SparseLayer(WindowedMethod):
     basis:    whose channels those are: the model's own ("channels", the paper), or "principal", ours: the directions of
         VecInfer's metric transform, in which the calibration's keys are uncorrelated, weighted by its queries.
     heads:    how the query heads of a KV head choose together: by their mean query ("mean", the paper), or "each",
-        ours: channels by the root of their mean square, tokens by the sum of the weights that each head gives them.
+        ours: channels by the root of their mean square, tokens by the sum of the weights that each head gives them
+        among the host's.
     implementation: of the operations on the host's memory (`pallas_kernels.host_tier`); None: the best for the device.
     """
 
@@ -332,23 +338,16 @@ class SparseLayer(WindowedMethod):
         store, dealt = cache.store, self.stripes(layer)
         channels, fetched = store.ahead or self.fetched(store, q, layer)
         mine, held = self.index_query(q, store), self.held(cache, layer)
-        lse = None
-        if self.heads == "each":
-            own = channel_lse(mine, fetched, channels, held, scale=layer.scale, **self._how("channel_lse"))
-            lse = dealt.logsumexp(own)
-        rows = select_tokens(
-            mine,
-            fetched,
-            channels,
-            held,
-            tokens=self.tokens,
-            scale=layer.scale,
-            lse=lse,
-            **self._how("select_tokens"),
-        )
+        scale = lse = None
+        if self._each_chooses(layer):
+            scale = layer.scale
+            of_device = channel_lse(mine, fetched, channels, held, scale=scale, **self._how("channel_lse"))
+            lse = dealt.logsumexp(of_device)
+        how = self._how("select_tokens")
+        rows = select_tokens(mine, fetched, channels, held, tokens=self.tokens, scale=scale, lse=lse, **how)
         if dealt.axis is not None:
             found = jnp.take_along_axis(fetched, jnp.maximum(rows, 0)[:, :, None], axis=3)
-            rows = dealt.best(rows, token_scores(mine, found, channels, layer.scale, lse), self.tokens)
+            rows = dealt.best(rows, token_scores(mine, found, channels, scale, lse), self.tokens)
         return rounded(*self.attend_chosen(q, rows, cache, layer), dtype)
 
     def fetched(
@@ -359,8 +358,12 @@ class SparseLayer(WindowedMethod):
         channels = self.critical_channels(size, store.key_abs_max)
         return channels, self.fetch(store, channels)
 
+    def _each_chooses(self, layer: LayerShape) -> bool:
+        """Whether heads choose otherwise than by their mean."""
+        return self.heads == "each" and layer.num_query_heads > layer.num_kv_heads
+
     def query_size(self, q: Float[Array, "*rows Hq D"], layer: LayerShape) -> Float32[Array, "*rows Hkv D"]:
-        """|q_i| of the query heads of each KV head together, by which channels are chosen."""
+        """|q_i| of the query heads of each KV head, taken together, by which channels are chosen."""
         grouped = _grouped(q, layer)
         if self.heads == "mean":
             return jnp.abs(jnp.mean(grouped, axis=-2))
@@ -453,13 +456,15 @@ class SparseLayer(WindowedMethod):
         peak = jnp.take_along_axis(peaks, (held // self.block)[:, None, :, None], axis=2).swapaxes(1, 2)
         critical = _marked(self.critical_channels(self.query_size(predicted, layer), peak), layer.head_dim)
         grouped = jnp.where(critical[..., None, :], _grouped(q, layer), 0.0)
-        if self.heads == "mean":
-            grouped = jnp.mean(grouped, axis=-2, keepdims=True)
-        products = scores(grouped.reshape(b, t, -1, layer.head_dim), keys.astype(jnp.float32), 1.0)
-        if self.heads == "each":
+        each = self._each_chooses(layer)
+        grouped = grouped if each else jnp.mean(grouped, axis=-2, keepdims=True)
+        by_head = scores(grouped.reshape(b, t, -1, layer.head_dim), keys.astype(jnp.float32), 1.0)
+        if each:
             counts = jnp.arange(keys.shape[2]) < held[:, None, None, :, None]
-            products = jax.nn.log_softmax(jnp.where(counts, layer.scale * products, MASKED), axis=-1)
-        products = jax.nn.logsumexp(products, axis=2).swapaxes(1, 2)
+            weights = jax.nn.log_softmax(jnp.where(counts, layer.scale * by_head, MASKED), axis=-1)
+            products = jax.nn.logsumexp(weights, axis=2).swapaxes(1, 2)
+        else:
+            products = by_head[:, :, 0].swapaxes(1, 2)
         flat = products.reshape(b * t, *products.shape[2:])
         rows = best_rows(flat, held.reshape(-1), min(self.tokens, keys.shape[2]))
         return _marked(rows, keys.shape[2]).reshape(b, t, -1, keys.shape[2]).swapaxes(1, 2)

@@ -72,6 +72,11 @@ class TailorKV(LayeredMethod):
             not isinstance(self.quantised, CacheMethod) or isinstance(self.quantised, LayeredMethod)
         ):
             raise InputError(f"quantised={self.quantised!r} must be one method for a layer, such as VecInfer(bits=2)")
+        if self.quantised is not None and self.quantised.refines_model:
+            raise InputError(
+                "quantised: refine='kl' runs through the whole model, whose other layers lie on the host: use "
+                "refine='attention'"
+            )
         if isinstance(self.recent, bool) or not isinstance(self.recent, int) or self.recent < 1:
             raise InputError(f"recent={self.recent!r} must be a whole number of tokens, 1 or more")
         if self.host not in HOSTS:
@@ -140,10 +145,6 @@ class TailorKV(LayeredMethod):
     def calibration_text(self) -> tuple[int, int] | None:
         own = CALIBRATION_TEXT if self.roles is None else None
         return joined_text([own, *(m.calibration_text for m in self._used if m.needs_calibration)])
-
-    @property
-    def calibration_repeated(self) -> float:
-        return max(m.calibration_repeated for m in self._used)
 
     @property
     def bound_to_positions(self) -> bool:

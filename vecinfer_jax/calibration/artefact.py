@@ -21,6 +21,7 @@ import orbax.checkpoint as ocp
 
 from vecinfer_jax.errors import CalibrationError, InputError
 
+COMMITTED = "commit_success.txt"  # Orbax's mark of a whole checkpoint
 FORMAT = 1
 
 
@@ -69,6 +70,7 @@ class Calibration:
         try:
             with ocp.StandardCheckpointer() as checkpointer:
                 checkpointer.save(new / "arrays", arrays)
+            (new / "arrays" / COMMITTED).write_text("Checkpoint commit was successful")  # without its path there
             (new / "metadata.json").write_text(json.dumps(metadata, indent=1, sort_keys=True) + "\n")
             try:
                 if destination.exists():

@@ -71,14 +71,16 @@ def calibrate(
             of 512, or what the method asks for.
         samples: tokens, drawn from all of them, whose keys and values are kept of each layer to fit codebooks to. More
             are better and take memory: what is rare, such as the first tokens of passages, is then drawn more often.
-        repeated: share of the passages, 0 to 1, whose second half says again what the first does, its documents in
-            another order, so that predicting it takes what is in the cache; default: 0, or what the method asks for.
+        repeated: share of the passages, 0 to 1 and rounded down to whole ones, whose second half says again what the
+            first does, its documents in another order, so that the best prediction of it reads the cache exactly;
+            default: 0, or what the method asks for.
         batch: passages run at a time.
         seed: of everything random; the same seed gives the same calibration on the same device.
         progress: show progress bars.
 
     Raises:
         CalibrationError: the text is empty or too short, or an activation is not finite.
+        InputError: a number is out of its range, or the method's layers do not go together.
     """
     text = text_of(lm, method)
     activations = collect(
@@ -319,8 +321,8 @@ def passages_of(
     """Token ids of consecutive documents, a blank line between them, cut into passages of `length` tokens.
 
     Of the passages a share `repeated`, evenly spread, consist of half as much text and the same once more, its
-    documents (the first and the last of them cut) in an order given by `seed`. The last passage of the text is given
-    out even if it is shorter.
+    documents (the first and the last of them cut, and joined as they were cut) in an order given by `seed`; where one
+    document is longer than that, it alone again. The last passage of the text is given out even if it is shorter.
     """
     if lm.tokenizer is None:
         raise InputError(f"model {lm.name!r} has no tokenizer to read the calibration text with")

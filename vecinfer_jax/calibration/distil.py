@@ -90,7 +90,7 @@ def refine_model(
     longest = max(map(len, passages))
     whole = [row for row in passages if len(row) == longest]  # a shorter one would be compiled anew
     order = passes(len(whole), steps, seed)
-    exact: dict[int, np.ndarray] = {}  # the last layer's output, kept on the host
+    exact: dict[int, np.ndarray] = {}  # the last layer's output, on the host, of passages that come again
     for index in tqdm(order, "predictions", disable=not progress, unit="step"):
         tokens = jnp.asarray(whole[index], jnp.int32)
         positions = jnp.arange(len(tokens), dtype=jnp.int32)[None]
@@ -101,12 +101,15 @@ def refine_model(
         for name, layer, sink in zip(names, arrays, sinks, strict=True):
             inputs.append(x)
             x = _forward(config, dtype, share, sink, params[name], x, layer, positions, cos, sin)
-        if index not in exact:
+        if index in exact:
+            full = jnp.asarray(exact[index])[None]
+        else:
             full = embedded
             for name, sink in zip(names, sinks, strict=True):
                 full = _forward(config, dtype, share, sink, params[name], full, {}, positions, cos, sin)
-            exact[index] = np.asarray(full[0])
-        gradient = _divergence_gradient(config, dtype, head, x[0], jnp.asarray(exact[index]))[None]
+            if len(whole) < steps:
+                exact[index] = np.asarray(full[0])
+        gradient = _divergence_gradient(config, dtype, head, x[0], full[0])[None]
         for at in reversed(range(len(names))):
             of_layer = params[names[at]], inputs[at], arrays[at]
             gradient, of_arrays = _backward(config, dtype, share, sinks[at], *of_layer, positions, cos, sin, gradient)
