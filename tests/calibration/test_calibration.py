@@ -320,7 +320,7 @@ def test_long_sequences_are_calibrated_for_and_short_calibrations_say_so(tmp_pat
         return made.metadata["passages"], made.metadata["passage_length"]
 
     assert [resolved(n) for n in (None, 64, 65, 100)] == [(8, 64), (8, 64), (4, 128), (4, 128)]
-    assert resolved(64) == (8, 64) and resolved(200) == (2, 256)
+    assert resolved(64) == (8, 64) and text_of(lm, method, 200) == (2, 256)
     short = resolve_calibration(lm, method, tokens=50)
     with pytest.warns(CalibrationWarning, match="passages of 64 tokens, .* passages=2, passage_length=256") as warned:
         assert resolve_calibration(lm, method, short, tokens=129) is short

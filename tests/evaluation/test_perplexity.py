@@ -69,7 +69,7 @@ def test_windows_may_be_run_together_and_the_reference_computed_once():
 @pytest.mark.parametrize(
     "method",
     [
-        vj.VecInfer(bits=2, residual=0, transform="smooth-hadamard"),
+        pytest.param(vj.VecInfer(bits=2, residual=0, transform="smooth-hadamard"), marks=pytest.mark.slow),
         vj.VecInfer(bits=2, residual=8, sink=2, transform="smooth-hadamard"),
     ],
 )

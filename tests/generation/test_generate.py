@@ -255,9 +255,8 @@ def test_finite_temperatures_only():
         vj.Sampling(temperature=float("inf"))
 
 
-@pytest.mark.parametrize(
-    "name", [n if n == "vecinfer" else pytest.param(n, marks=pytest.mark.slow) for n in sorted(ALL)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(ALL))
 def test_a_ragged_batch_in_bfloat16(name):
     lm = small.model()
     half = dataclasses.replace(

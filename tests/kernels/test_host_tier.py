@@ -133,7 +133,7 @@ def test_the_output_is_the_softmax_over_the_chosen_and_the_exact_tokens(case, pl
     check_attention(case, place)
 
 
-@pytest.mark.parametrize("case", CASES[:2], ids=str)
+@pytest.mark.parametrize("case", [CASES[0], pytest.param(CASES[1], marks=pytest.mark.slow)], ids=str)
 def test_the_kernels_do_the_same_in_interpret_mode(case):
     check_fetch(case, jax.memory.Space.Device, interpret=True)
     check_selection(case, interpret=True)
