@@ -286,14 +286,14 @@ def main() -> int:
         parser.error("give --group, --data and --output, or --collect")
     if args.mixed_with is not None and args.calibration_text is not None:
         parser.error("give either --mixed-with or --calibration-text")
-    essays = args.data / "essays.txt"
-    if {"long", "lengths", "unseen", "unseen-best"}.intersection(args.group) and not essays.exists():
-        text = json.loads(assets.fetch("paul-graham-essays").read_text(encoding="utf-8"))["text"]
-        essays.write_text(text[:ESSAYS], encoding="utf-8")
     known = groups(args.model, args.data)
     unknown = [name for name in args.group if name not in known]
     if unknown:
         parser.error(f"no group {unknown[0]}: choose from {', '.join(known)}")
+    essays = args.data / "essays.txt"
+    if not essays.exists() and any(str(essays) in task for name in args.group for task in known[name]["tasks"]):
+        text = json.loads(assets.fetch("paul-graham-essays").read_text(encoding="utf-8"))["text"]
+        essays.write_text(text[:ESSAYS], encoding="utf-8")
     if args.workers > 1 and args.worker is None:
         command = [sys.executable, __file__, *sys.argv[1:]]
         workers = [subprocess.Popen([*command, "--worker", str(i)]) for i in range(args.workers)]

@@ -341,7 +341,13 @@ def metric_ideas(model: str) -> Callable[[], str]:
             if calibration["passage_length"] != 1024 and not calibration.get("repeated"):  # those are in `lengths`
                 continue
             settings = {name: method[name] for name in ("key", "value") if method.get(name)} | beside(method)
-            about = row["result"]["bits_per_element"], method["residual"], spelt(settings), text_of(row), where(row)
+            about = (
+                row["result"]["bits_per_element"],
+                method["residual"],
+                spelt(settings),
+                calibrated_on(row),
+                where(row),
+            )
             lines.setdefault(about, []).append(row["result"])
         cells = []
         for (bits, residual, name, text, device), found in lines.items():
@@ -354,7 +360,7 @@ def metric_ideas(model: str) -> Callable[[], str]:
     return make
 
 
-def text_of(row: dict[str, Any]) -> str:
+def calibrated_on(row: dict[str, Any]) -> str:
     """What a row was calibrated on, in words."""
     text = row["calibration"]
     share = text.get("repeated")
@@ -387,7 +393,7 @@ def metric_needle() -> str:
     """The needle at 2 bits with one exact token, as calibrated by default and refined."""
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows_of(SMOLLM2, "needle", mixed=True, transform="metric", samples=3, prefill="coded"):
-        about = row["method"]["residual"], spelt(beside(row["method"])), text_of(row), where(row)
+        about = row["method"]["residual"], spelt(beside(row["method"])), calibrated_on(row), where(row)
         lines.setdefault(about, []).append(row["result"])
     cells = []
     for (residual, name, text, device), found in lines.items():

@@ -168,9 +168,9 @@ def select_tokens(
     run, runs = _runs(size, tokens)
     if scale is None or lse is None:
         mean = jnp.mean(critical_elements(q, channels), axis=2)
-        critical, sums = mean.reshape(rows, 1, -1), jnp.zeros((rows, 1), jnp.float32)
+        critical, lses = mean.reshape(rows, 1, -1), jnp.zeros((rows, 1), jnp.float32)
     else:
-        critical, sums = _critical(q, channels, scale), _LOG2_E * lse.reshape(rows, -1)
+        critical, lses = _critical(q, channels, scale), _LOG2_E * lse.reshape(rows, -1)
     scores, best = pl.pallas_call(
         functools.partial(_score, kv_heads=kv_heads, run=run),
         grid=(rows, pl.cdiv(size, _SCORED)),
@@ -181,7 +181,7 @@ def select_tokens(
         compiler_params=plt.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="score_tokens",
-    )(critical, sums, fetched.reshape(rows, -1, size), count)
+    )(critical, lses, fetched.reshape(rows, -1, size), count)
 
     def choose(kernel, chosen: int, considered: int, *arrays):
         return pl.pallas_call(

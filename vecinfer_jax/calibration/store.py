@@ -7,6 +7,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 
@@ -115,13 +116,13 @@ def find_calibration(
     passages, length = text_of(lm, method, tokens)
     kept = kept_directory(lm, method, seed, length)
     needed = min(tokens, length) if tokens is not None and method.bound_to_positions else 0
-    default = {"seed": seed, "passages": passages, "passage_length": length, "samples": SAMPLES}
-    repeated = method.calibration_repeated
+    default: dict[str, Any] = {"seed": seed, "passages": passages, "passage_length": length, "samples": SAMPLES}
+    default["repeated"] = method.calibration_repeated
     for directory in [*shipped(), *([kept] if kept.is_dir() else [])]:
         try:
             metadata = read_metadata(directory)
-            as_asked = {name: metadata.get(name) for name in default} == default
-            seeded = seed is None or (as_asked and metadata.get("repeated", 0.0) == repeated)
+            made = {"repeated": 0.0} | metadata  # older ones do not say it
+            seeded = seed is None or {name: made.get(name) for name in default} == default
             ours = metadata["model"]["fingerprint"] == lm.fingerprint and metadata["method"] == key
             if ours and seeded and metadata["passage_length"] >= needed:
                 return load_calibration(directory, lm, method)
