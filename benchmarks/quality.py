@@ -71,7 +71,8 @@ IDEAS = (
     "refine=attention",
     "refine=kl",
 )
-BEST = "weighted=both,rotate_values=true,refine=kl"
+TURNED = "weighted=both,rotate_values=true"
+BEST = f"{TURNED},refine=kl"
 # Two bits on average, unequally between keys and values.
 UNEQUAL = (("d4b9", "d4b7"), ("d4b10", "d4b6"), ("d4b10", "d8b12"), ("d4b7", "d4b9"))
 # Characters of essays that are scored.
@@ -139,7 +140,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         "metric-widths": {
             "methods": [
                 *(f"vecinfer:bits=2,transform={t},sink=1,residual=0" for t in ("smooth-hadamard", *CENTRING)),
-                *(f"vecinfer:bits={bits},transform=metric,sink=1,residual=0" for bits in (1, 4, 1.5, 3)),
+                *(f"vecinfer:bits={bits},transform=metric,sink=1,residual=0,mixed=none" for bits in (1, 4, 1.5, 3)),
                 "vecinfer:bits=2,transform=metric,sink=1,residual=0,rotate_values=true",
             ],
             "tasks": [text],
@@ -157,7 +158,35 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 *(f"{METRIC},residual=0,{idea}" for idea in IDEAS),
                 *(f"{METRIC},residual=0,key={k},value={v}" for k, v in UNEQUAL),
                 *(f"{METRIC},residual={r},{BEST}" for r in (0, 128)),
-                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (4, 3, 1.5, 1)),
+                f"{METRIC},residual=0,{BEST},mixed=none".replace("bits=2", "bits=4"),
+                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (3, 1.5, 1)),
+            ],
+            "tasks": [text],
+            "seeds": [0],
+        },
+        # Sub-vectors of 2, mixed and as they are dealt, and with ten bits; 16 exact tokens are as many as KIVI's keys,
+        # in groups of 32, have on average without a window. --passages 64 --passage-length 1024.
+        "mixed": {
+            "methods": [
+                f"vecinfer:bits=4,transform=metric,sink=1,residual={r},{TURNED},mixed={mixed}"
+                for mixed, r in itertools.product(("none", "both"), (0, 16, 128))
+            ],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        "ten-bits": {
+            "methods": [
+                f"vecinfer:key=d2b10,value={value},transform=metric,sink=1,residual={r},{TURNED}"
+                for value, r in itertools.product(("d2b10", "d2b8"), (0, 128))
+            ],
+            "tasks": [text],
+            "seeds": [0],
+        },
+        # Tables of the values in fp8, by width: --passages 32 --passage-length 1024.
+        "fp8": {
+            "methods": [
+                f"vecinfer:bits={bits:g},transform=metric,sink=1,residual=0" + ",fp8_values=true" * fp8
+                for bits, fp8 in itertools.product((3, 2, 1.5, 1), (0, 1))
             ],
             "tasks": [text],
             "seeds": [0],
@@ -234,6 +263,12 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         # On --passages 128 --passage-length 1024, and, so that the needle is found, 64 of 2,048 and --repeated 0.5.
         "metric-best": {
             "methods": [f"{METRIC},residual={r},{BEST}" for r in (0, 128)],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        # --passages 256 --passage-length 1024
+        "metric-best-mixed": {
+            "methods": [f"{METRIC},residual={r},{BEST},mixed=values" for r in (0, 128)],
             "tasks": [text],
             "seeds": [0, 1, 2],
         },

@@ -43,6 +43,13 @@ ROWS = [
     (1, 65536, "kvquant:bits=2,outliers=0"),
     (1, 65536, "kvquant:bits=3,outliers=0.01"),
     (1, 65536, "kvquant:bits=4,outliers=0.01"),
+    # Tables of the values in fp8, and the same without.
+    *(
+        (batch, tokens, f"vecinfer:bits={bits},transform=metric,sink=1{fp8}")
+        for batch, tokens in ((12, 32768), (1, 196608))
+        for bits in ("3", "1")
+        for fp8 in ("", ",fp8_values=true")
+    ),
 ]
 
 

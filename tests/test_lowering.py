@@ -39,6 +39,7 @@ def shapes(method, head_dim, heads, dtype, batch=2, capacity=640, tokens=1):
             "mean": jnp.zeros((heads[1], head_dim)),
             "key_map": jnp.zeros((heads[1], head_dim, head_dim)),
             "query_map": jnp.zeros((heads[1], head_dim, head_dim)),
+            "value_scale": jnp.ones(heads[1]),
         }
 
     def init():
@@ -102,8 +103,9 @@ def test_a_step_over_integers_in_groups_lowers_for_cuda(head_dim, heads, impleme
     )
 
 
-def test_a_step_with_a_dense_map_of_the_keys_lowers_for_cuda():
-    method = VecInfer(bits=2, sink=1, transform="metric", implementation="mosaic_gpu")
+@pytest.mark.parametrize("settings", [{"bits": 2}, {"bits": 3, "fp8_values": True}], ids=str)
+def test_a_step_with_a_dense_map_of_the_keys_lowers_for_cuda(settings):
+    method = VecInfer(sink=1, transform="metric", implementation="mosaic_gpu", **settings)
     with jax.sharding.use_abstract_mesh(AbstractMesh((), (), abstract_device=H100)):
         decoder, args = shapes(method, 128, (32, 8), jnp.bfloat16)
         text = step(decoder).trace(*args).lower(lowering_platforms=("cuda",)).as_text()

@@ -1,5 +1,7 @@
 """Transforms that take the keys' mean off: nothing that is exact changes, codes are read where they should be."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,8 +91,11 @@ def test_the_mean_is_invisible_where_everything_is_exact(transform):
     np.testing.assert_allclose(*outs, atol=2e-5)
 
 
-def test_rotated_values_change_nothing_where_everything_is_exact():
-    lm, method = small.model(), VecInfer(bits=2, rotate_values=True, residual=64, transform="smooth-hadamard")
+@pytest.mark.parametrize(
+    "settings", [{"rotate_values": True}, {"fp8_values": True}, {"rotate_values": True, "fp8_values": True}], ids=str
+)
+def test_folded_values_change_nothing_where_everything_is_exact(settings):
+    lm, method = small.model(), VecInfer(bits=2, residual=64, transform="smooth-hadamard", **settings)
     calibration = small.calibration_of(method)
     folded = fold_values(lm, method, calibration)
     kernels = [p["layers_1"]["attention"]["v_proj"]["kernel"] for p in (lm.params, folded)]
@@ -115,6 +120,7 @@ def test_values_that_are_not_rotated_take_no_copies_of_weights():
     "settings",
     [
         {"transform": "metric", "rotate_values": True},
+        {"transform": "metric", "fp8_values": True},
         pytest.param({"transform": "mean-smooth-hadamard"}, marks=pytest.mark.slow),
     ],
     ids=str,
@@ -135,9 +141,85 @@ def test_passages_shorter_than_the_sinks_are_refused(settings):
         small.calibration_of(method)
 
 
-def test_whether_values_are_rotated_is_a_truth():
-    with pytest.raises(InputError, match="rotate_values=2 must be true or false"):
-        VecInfer(rotate_values=2)
+@pytest.mark.parametrize("name", ["rotate_values", "fp8_values"])
+def test_whether_values_are_rotated_or_in_fp8_is_a_truth(name):
+    with pytest.raises(InputError, match=f"{name}=2 must be true or false"):
+        VecInfer(**{name: 2})
+
+
+def test_values_in_fp8_are_scaled_to_its_range_and_read_as_they_are_rounded():
+    """A head's values may be of any size; what is encoded, evaluated and decoded are the same rounded centroids."""
+    plain, fp8 = (VecInfer(bits=2, residual=0, fp8_values=on, transform="smooth-hadamard") for on in (False, True))
+    rng = np.random.default_rng(0)
+    sizes = np.array([1e-4, 300.0] * HEADS)[:HEADS]
+    values = rng.normal(size=(3000, HEADS, DIM)) * sizes[:, None]
+    statistics = dataclasses.replace(statistics_of(rng.normal(size=values.shape), rng), values=values)
+    errors = {}
+    for method in (plain, fp8):
+        arrays = method.calibrate_layer(LAYER, statistics, 0)
+        store = method.init(LAYER, 1, 8, arrays).store
+        scale = arrays.get("value_scale", np.ones(HEADS))
+        held = np.asarray(store.value_codebook)
+        for head in range(HEADS):
+            given = values[:200, head] * scale[head]
+            errors[method.fp8_values, head] = np.linalg.norm(nearest(given, held[head]) - given) / np.linalg.norm(given)
+        if not method.fp8_values:
+            assert store.value_table is None and "value_scale" not in arrays
+            continue
+        assert store.value_table.dtype == jnp.float8_e4m3fn
+        np.testing.assert_array_equal(held, np.asarray(store.value_table, np.float32))
+        assert (np.log2(scale) == np.round(np.log2(scale))).all()
+        peak = np.abs(values).max(axis=(0, 2)) * scale
+        assert (peak > 128).all() and (peak <= 256).all()
+        q = jnp.asarray(rng.normal(size=(1, LAYER.num_query_heads, DIM)), jnp.float32)
+        codes = rng.integers(0, 256, (2, 1, HEADS, 8, DIM // 4)).astype(np.uint8)
+        store = dataclasses.replace(store, key_codes=jnp.asarray(codes[0]), value_codes=jnp.asarray(codes[1]))
+        count = jnp.asarray([8], jnp.int32)
+        outs = [
+            method.attend_codes(q, each, count, (), LAYER, jnp.float32)[0]
+            for each in (store, dataclasses.replace(store, value_table=None))
+        ]
+        np.testing.assert_allclose(*outs, rtol=1e-6)
+    for head in range(HEADS):  # of 8% of the squared error at 2 bits, rounding adds a hundredth
+        assert errors[False, head] < errors[True, head] * 1.001 and errors[True, head] < 1.02 * errors[False, head]
+
+
+@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 2, "scope": "global"}], ids=str)
+def test_values_in_fp8_need_sub_vectors_of_four_and_a_scale_of_their_own(settings):
+    with pytest.raises(InputError, match="fp8_values=true needs values of sub-vectors of 4 or more"):
+        VecInfer(fp8_values=True, **settings)
+
+
+def test_sub_vectors_of_two_are_mixed():
+    """By default where they are turned; others where it is said so."""
+    assert VecInfer(bits=4).mixed == "keys" and VecInfer(bits=4, rotate_values=True).mixed == "both"
+    assert VecInfer(bits=2, rotate_values=True).mixed == VecInfer(bits=4, **PAPER).mixed == "none"
+    assert VecInfer(key="d4b8", value="d2b8", rotate_values=True).mixed == "values"
+    assert VecInfer(bits=2, mixed="none").calibration_key() == VecInfer(bits=2).calibration_key()
+    kinds = ["none", "keys", "values", "both"]
+    methods = [VecInfer(bits=4, rotate_values=True, mixed=mixed) for mixed in kinds]
+    assert len({str(method.calibration_key()) for method in methods}) == 4
+    statistics = statistics_of(
+        np.random.default_rng(0).normal(size=(800, HEADS, DIM)) * np.geomspace(4, 0.2, DIM), np.random.default_rng(1)
+    )
+    arrays = [method.calibrate_layer(LAYER, statistics, 0) for method in methods]
+    for name, which in (("key_map", "keys"), ("value_map", "values")):
+        same = [np.allclose(each[name], arrays[0][name]) for each in arrays]
+        assert same == [mixed not in (which, "both") for mixed in kinds]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"mixed": "all"}, "mixed='all' is unknown; choose from none, keys, values, both"),
+        ({"mixed": "values"}, "mixed='values' needs rotate_values=true"),
+        ({"mixed": "both", "rotate_values": True, **PAPER}, "mixed='both' needs transform=metric or rotation"),
+    ],
+    ids=str,
+)
+def test_only_what_is_turned_can_be_mixed(settings, message):
+    with pytest.raises(InputError, match=message):
+        VecInfer(**settings)
 
 
 def test_a_calibration_is_for_its_transform_and_sinks():

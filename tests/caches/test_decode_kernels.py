@@ -23,12 +23,15 @@ def chunk_of(start, lengths, tokens, first):
     return dataclasses.replace(chunk, layer=HOPPER, cos=cos, sin=sin)
 
 
-@pytest.mark.parametrize(("residual", "sink", "transform"), [(5, 3, "smooth-hadamard"), (0, 0, "hadamard-smooth")])
-def test_the_same_tokens_and_the_same_attention(residual, sink, transform, monkeypatch):
+@pytest.mark.parametrize(
+    ("residual", "sink", "transform", "fp8"),
+    [(5, 3, "smooth-hadamard", False), (0, 0, "hadamard-smooth", False), (4, 1, "smooth-hadamard", True)],
+)
+def test_the_same_tokens_and_the_same_attention(residual, sink, transform, fp8, monkeypatch):
     lane_simulator.install(monkeypatch)
     rng = np.random.default_rng(0)
     plain, fused = (
-        VecInfer(residual=residual, sink=sink, transform=transform, implementation=name)
+        VecInfer(residual=residual, sink=sink, transform=transform, implementation=name, fp8_values=fp8)
         for name in ("xla", "mosaic_gpu")
     )
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vecinfer_jax.calibration.metric import metric_map, principal_rotation, serpentine
+from vecinfer_jax.calibration.metric import metric_map, principal_rotation, serpentine, spread
 
 HEADS, DIM = 2, 16
 
@@ -17,10 +17,10 @@ def samples(seed=0, count=4000):
     return keys, queries, np.einsum("nhi,nhj->hij", queries, queries) / count
 
 
-@pytest.mark.parametrize("power", [0.0, 0.25, 0.5])
-def test_scores_stay_what_they_are(power):
+@pytest.mark.parametrize("power, mixed", [(0.0, False), (0.25, False), (0.5, False), (0.25, True)])
+def test_scores_stay_what_they_are(power, mixed):
     keys, queries, moment = samples()
-    to_key, to_query = metric_map(moment, keys, 4, power)
+    to_key, to_query = metric_map(moment, keys, 4, power, mixed)
     mapped = np.einsum("nhi,hij->nhj", keys, to_key), np.einsum("nhi,hij->nhj", queries, to_query)
     before, after = (np.einsum("nhi,nhi->nh", q, k) for q, k in ((queries, keys), mapped[::-1]))
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-3 * np.abs(before).std())
@@ -35,6 +35,33 @@ def test_element_r_of_every_sub_vector_has_about_the_same_variance(length):
     for head in range(HEADS):
         for r in range(length):  # element r takes the r-th block of directions, by falling variance
             np.testing.assert_allclose(np.sort(variance[head, :, r])[::-1], ordered[head, r], rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [2, 4, 8])
+def test_mixed_sub_vectors_all_have_the_same_covariance(length):
+    keys, _, moment = samples()
+    centred = keys - keys.mean(axis=0)
+    mapped = np.einsum("nhi,hij->nhj", centred, metric_map(moment, centred, length, mixed=True)[0])
+    parts = mapped.reshape(len(keys), HEADS, -1, length)
+    second = np.einsum("nhjr,nhjs->hjrs", parts, parts) / len(keys)
+    largest = second[:, :1, :1, :1]
+    np.testing.assert_allclose(second / largest, np.broadcast_to(second[:, :1] / largest, second.shape), atol=1e-3)
+    straight = np.einsum("nhi,hij->nhj", centred, metric_map(moment, centred, length)[0])
+    np.testing.assert_allclose((mapped**2).sum(-1), (straight**2).sum(-1), rtol=1e-4)
+
+
+@pytest.mark.parametrize("dim, length", [(16, 2), (80, 2), (96, 4), (6, 2), (8, 8)])
+def test_any_width_can_be_mixed(dim, length):
+    """As far as the number of sub-vectors has factors of two; elements of a sub-vector are never mixed."""
+    matrix = spread(dim, length)
+    np.testing.assert_allclose(matrix @ matrix.T, np.eye(dim), atol=1e-12)
+    count = dim // length
+    parts = matrix.reshape(count, length, count, length).transpose(1, 3, 0, 2)
+    size = count & -count
+    for r, other in np.ndindex(length, length):
+        block = np.abs(parts[r, other])
+        assert (np.isclose(block, size**-0.5).sum(axis=0) == (size if r == other else 0)).all()
+        np.testing.assert_allclose(block[block > 0], size**-0.5)
 
 
 def test_mapped_keys_are_uncorrelated_and_skewed_to_one_side():

@@ -74,6 +74,7 @@ DECODE = [
     Decode(dim=64, group=2, dtype="float16", lengths=(0, 20), tokens=20, shared=True),
     Decode(dim=128, group=12, key=(4, 12), value=(4, 10), lengths=(3, 40), tokens=40),
     Decode(dim=64, group=2, key=(8, 10), value=(4, 8), lengths=(3, 40), tokens=40),
+    Decode(dim=64, group=3, key=(2, 10), value=(2, 8), lengths=(3, 40), tokens=40),
 ]
 
 # On a device: the tiles' edges again, compiled, and long rows.
@@ -83,7 +84,13 @@ DECODE_ON_DEVICE = [
         Decode(dim=dim, group=group, key=key, value=value, dtype=dtype, lengths=(0, 1, 1000, 2048), tokens=2048)
         for dim in (64, 128)
         for group, dtype in ((1, "bfloat16"), (4, "bfloat16"), (16, "bfloat16"), (5, "float32"))
-        for key, value in (((2, 8), (2, 8)), ((4, 8), (8, 8)), ((4, 10), (8, 12)), ((8, 12), (4, 12)))
+        for key, value in (
+            ((2, 8), (2, 8)),
+            ((4, 8), (8, 8)),
+            ((4, 10), (8, 12)),
+            ((8, 12), (4, 12)),
+            ((2, 10), (2, 10)),
+        )
     ),
     Decode(dim=128, lengths=(131072, 100001), tokens=131072, kv_heads=1),
     Decode(dim=64, group=3, lengths=(131071, 5), tokens=131072, kv_heads=1),

@@ -140,17 +140,30 @@ def test_a_coded_part_and_an_exact_window_merge_to_the_whole(how):
     np.testing.assert_allclose(lse, whole[1], atol=1e-5)
 
 
-@pytest.mark.parametrize("key", ["float8_e4m3fn", "bfloat16"])
-def test_codebooks_may_be_held_in_eight_bits(key):
-    case = cases.Decode(dim=128, lengths=(0, 1, 40), tokens=40, dtype="bfloat16" if key == "bfloat16" else "float16")
+def check_eight_bits(case, hows, key="bfloat16"):
+    """With the values' codebook in fp8, and the keys' in `key`."""
     (q, keys, values, key_book, value_book, lengths), options = case.arguments()
     books = key_book.astype(key), value_book.astype("float8_e4m3fn")
     arrays = q, keys, values, *books, lengths
     expected, expected_lse = oracle.decode_attention(*arrays, options["scale"])
-    for how in (*cases.EVERYWHERE, cases.MOSAIC_GPU):
+    for how in hows:
         output, lse = vq_decode_attention(*arrays, **options, **how)
         np.testing.assert_allclose(output, expected, atol=2.0**-8 * abs(oracle.float64(books[1])).max())
         np.testing.assert_allclose(lse, expected_lse, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("key", ["float8_e4m3fn", "bfloat16"])
+def test_codebooks_may_be_held_in_eight_bits(key):
+    case = cases.Decode(dim=128, lengths=(0, 1, 40), tokens=40, dtype="bfloat16" if key == "bfloat16" else "float16")
+    check_eight_bits(case, (*cases.EVERYWHERE, cases.MOSAIC_GPU), key)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("form", [(4, 8), (8, 8), (4, 12), (8, 12)], ids="d{0[0]}b{0[1]}".format)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_codebooks_of_values_may_be_held_in_eight_bits_on_a_device(form, dim):
+    case = cases.Decode(dim=dim, key=form, value=form, lengths=(0, 1, 1000, 2048), tokens=2048)
+    check_eight_bits(case, ({"implementation": "triton"}, {"implementation": "mosaic_gpu"}))
 
 
 @pytest.mark.parametrize("scale", [0.3, -0.3])

@@ -6,7 +6,7 @@ of short sub-vectors serves every position. A code is the index of the L2-neares
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -34,8 +34,11 @@ PAPER_TRANSFORMS = ("smooth-hadamard", "hadamard-smooth", "smooth", "hadamard", 
 CENTRING_TRANSFORMS = ("metric", "rotation", "mean-smooth-hadamard")
 TRANSFORMS = (*PAPER_TRANSFORMS, *CENTRING_TRANSFORMS)
 SCOPES = ("layer_head", "layer", "global")
-WEIGHTED = ("none", "keys", "values", "both")
+WEIGHTED = MIXED = ("none", "keys", "values", "both")
 REFINEMENTS = ("none", "attention", "kl")
+# Elements of a centroid in fp8, which the kernels read 4 bytes at a time; and what the largest value is scaled to, of a
+# type that goes from 2^-6 to 448 without losing bits.
+FEWEST_FP8, FP8_PEAK_LOG2 = 4, 8
 # Passages and tokens of one: a head's mean depends on positions, which RoPE turns.
 CENTRED_TEXT = (64, 1024)
 # What the model's predictions are refined on, and the share of it that says everything twice: what is said again is
@@ -50,6 +53,8 @@ class VecInferStore:
     key_codes, value_codes:         uint8[B, Hkv, S, bytes], a token's packed codes contiguous.
     key_codebook, value_codebook:   [Hkv or 1, 2^b, d], in the model's dtype; codes are chosen with these values.
     smooth, inverse_smooth:         float32[Hkv, D], lambda and 1 / lambda; ones where the transform does not smooth.
+    value_table:                    the values' codebook in float8_e4m3fn, for decoding to read (fp8_values); what
+        value_codebook holds is then rounded to it.
     mean:                           float32[Hkv, D], taken off every key, where the transform centres.
     key_map, query_map:             float32[Hkv, D, D], k' = k key_map and q' = q query_map, where it is a dense map.
     """
@@ -60,6 +65,7 @@ class VecInferStore:
     value_codebook: Float[Array, "Hv K d"] = array_field("codebooks")
     smooth: Float[Array, "Hkv D"] = array_field("codebooks")
     inverse_smooth: Float[Array, "Hkv D"] = array_field("codebooks")
+    value_table: Float[Array, "Hv K d"] | None = array_field("codebooks")
     mean: Float[Array, "Hkv D"] | None = array_field("codebooks")
     key_map: Float[Array, "Hkv D D"] | None = array_field("codebooks")
     query_map: Float[Array, "Hkv D D"] | None = array_field("codebooks")
@@ -76,6 +82,10 @@ class VecInfer(VectorQuantisedMethod):
         "mean-smooth-hadamard" the paper's on keys without their mean. "smooth-hadamard" is the paper,
         "hadamard-smooth", "smooth", "hadamard" and "none" its ablation.
     rotate_values: turn values to their principal directions, in serpentine order; folded into W_v and W_o.
+    mixed:      "keys", "values" or "both": their principal directions are turned so that all sub-vectors have the same
+        covariance (`metric.spread`); "none". Left out: those that are turned and have sub-vectors of 2.
+    fp8_values: values' centroids in float8_e4m3fn, half the bytes to look up, with a head's values scaled to that
+        type's range by a power of two (folded into W_v and W_o). Decoding is faster for it (docs/performance.md).
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128).
     sink:       exact first tokens. Left out, 0 with the paper's transforms, as there, and 1 with those that take off
@@ -100,6 +110,8 @@ class VecInfer(VectorQuantisedMethod):
     weighted: str = dataclasses.field(default="none", kw_only=True, metadata={"later": True})
     restarts: int = dataclasses.field(default=1, kw_only=True, metadata={"later": True})
     refine: str = dataclasses.field(default="none", kw_only=True, metadata={"later": True})
+    fp8_values: bool = dataclasses.field(default=False, kw_only=True, metadata={"later": True})
+    mixed: str = dataclasses.field(default=None, kw_only=True, metadata={"later": True, "before": "none"})  # type: ignore[assignment]
 
     name: ClassVar[str] = "vecinfer"
     needs_calibration: ClassVar[bool] = True
@@ -113,13 +125,29 @@ class VecInfer(VectorQuantisedMethod):
             raise InputError(f"implementation={self.implementation!r} is unknown; choose from {', '.join(kernels)}")
         if self.transform not in TRANSFORMS:
             raise InputError(f"transform={self.transform!r} is unknown; choose from {', '.join(TRANSFORMS)}")
-        if not isinstance(self.rotate_values, bool):
-            raise InputError(f"rotate_values={self.rotate_values!r} must be true or false")
+        for name in ("rotate_values", "fp8_values"):
+            if not isinstance(getattr(self, name), bool):
+                raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
+        if self.fp8_values and (self.value_format.length < FEWEST_FP8 or self.scope == "global"):
+            raise InputError(
+                f"fp8_values=true needs values of sub-vectors of {FEWEST_FP8} or more, such as value='d4b12', and a "
+                f"scope of layer_head or layer, not {self.value_format} and {self.scope}"
+            )
         for name, known in (("scope", SCOPES), ("weighted", WEIGHTED), ("refine", REFINEMENTS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}")
         if not isinstance(self.restarts, int) or self.restarts < 1:
             raise InputError(f"restarts={self.restarts!r} must be a whole number, 1 or more")
+        if self.mixed is None:
+            keys, values = (wanted and form.length == 2 for wanted, form in self._turned())
+            mixed = {(True, True): "both", (True, False): "keys", (False, True): "values"}.get((keys, values), "none")
+            object.__setattr__(self, "mixed", mixed)
+        if self.mixed not in MIXED:
+            raise InputError(f"mixed={self.mixed!r} is unknown; choose from {', '.join(MIXED)}")
+        for which, (turned, _) in zip(("keys", "values"), self._turned(), strict=True):
+            if self._mixes(which) and not turned:
+                needed = "transform=metric or rotation" if which == "keys" else "rotate_values=true"
+                raise InputError(f"mixed={self.mixed!r} needs {needed}")
         if self.refine != "none" and not self.maps:
             raise InputError(f"refine={self.refine!r} needs transform=metric or rotation, not {self.transform}")
         if self.scope == "global" and (self.refine, self.weighted, self.restarts) != ("none", "none", 1):
@@ -134,6 +162,13 @@ class VecInfer(VectorQuantisedMethod):
         """
         chosen: dict[str, Any] = {"weighted": "both", "rotate_values": True, "refine": "kl"}
         return cls(**chosen | settings)
+
+    def _turned(self) -> tuple[tuple[bool, CodeFormat], tuple[bool, CodeFormat]]:
+        """Whether keys, and values, go through a rotation that is fitted to them, and their formats."""
+        return (self.maps, self.key_format), (self.rotate_values, self.value_format)
+
+    def _mixes(self, which: str) -> bool:
+        return self.mixed in (which, "both")
 
     @property
     def rotates(self) -> bool:
@@ -192,7 +227,9 @@ class VecInfer(VectorQuantisedMethod):
             key["first"] = self.sink
         if self.rotate_values:
             key["values"] = "rotated"
-        for name, default in (("weighted", "none"), ("restarts", 1), ("refine", "none")):
+        if self.fp8_values:
+            key["value_table"] = "fp8"
+        for name, default in (("weighted", "none"), ("restarts", 1), ("refine", "none"), ("mixed", "none")):
             if getattr(self, name) != default:
                 key[name] = getattr(self, name)
         if self.refine != "none":
@@ -210,12 +247,16 @@ class VecInfer(VectorQuantisedMethod):
     def init_store(self, layer: LayerShape, batch: int, slots: int, calibration: LayerCalibration) -> VecInferStore:
         empty = self.empty_store(layer, batch, slots, calibration)
         assert calibration is not None
+        table = None
+        if self.fp8_values:
+            table = jnp.asarray(calibration["value_codebook"]).astype(jnp.float8_e4m3fn)
+            empty["value_codebook"] = table.astype(layer.dtype)
         smooth = jnp.asarray(calibration["smooth"], jnp.float32)
         wanted = {"mean": self.centres, "key_map": self.maps, "query_map": self.maps}
         maps: dict[str, Any] = {
             name: jnp.asarray(calibration[name], jnp.float32) if has else None for name, has in wanted.items()
         }
-        return VecInferStore(**empty, **maps, smooth=smooth, inverse_smooth=1.0 / smooth)
+        return VecInferStore(**empty, **maps, value_table=table, smooth=smooth, inverse_smooth=1.0 / smooth)
 
     # -- transforms (section 3.2); scores are invariant: transform_query(q) . transform_key(k) = q . k
 
@@ -350,7 +391,7 @@ class VecInfer(VectorQuantisedMethod):
             store.key_codes,
             store.value_codes,
             store.key_codebook,
-            store.value_codebook,
+            store.value_codebook if store.value_table is None else store.value_table,
             count.astype(jnp.int32),
             scale=layer.scale,
             query_scale=store.smooth if fused and self.smooths else None,
@@ -407,8 +448,8 @@ class VecInfer(VectorQuantisedMethod):
         if self.refine == "none":
             return arrays
         windows = statistics.windows
-        if "value_map" in arrays:
-            turned = np.einsum("wthi,hij->wthj", np.asarray(windows.values, np.float32), arrays["value_map"])
+        if self.folds_values:
+            turned = np.einsum("wthi,hij->wthj", np.asarray(windows.values, np.float32), np.asarray(value_fold(arrays)))
             windows = dataclasses.replace(windows, values=turned)
         return refine_layer(arrays, windows, self.sink, seed)
 
@@ -427,7 +468,11 @@ class VecInfer(VectorQuantisedMethod):
         arrays: dict[str, np.ndarray] = {"smooth": np.ones((layer.num_kv_heads, layer.head_dim), np.float32)}
         if self.centres:
             power = 0.25 if self.transform == "metric" else 0.0
-            arrays |= centred_maps(statistics, self.key_format.length, power) if self.maps else centre(statistics)
+            arrays |= (
+                centred_maps(statistics, self.key_format.length, power, self._mixes("keys"))
+                if self.maps
+                else centre(statistics)
+            )
             keys = sampled_after(self.sink, keys, statistics) - arrays["mean"]
             if self.maps:
                 return arrays, np.einsum("nhi,hij->nhj", keys, arrays["key_map"])
@@ -446,20 +491,25 @@ class VecInfer(VectorQuantisedMethod):
         return arrays, rotate(keys / smooth) if self.rotates else keys / smooth
 
     def _coded_values(self, statistics: Any) -> tuple[dict[str, np.ndarray], np.ndarray]:
-        """The values' rotation, if there is one, and the sampled values as they are encoded."""
+        """The arrays of what is folded of the values, if anything is, and the sampled values as they are encoded."""
         values = np.asarray(statistics.values, np.float32)
         if self.centres:
             values = sampled_after(self.sink, values, statistics)
-        if not self.rotate_values:
-            return {}, values
-        rotation = principal_rotation(values.astype(np.float64), self.value_format.length).astype(np.float32)
-        return {"value_map": rotation}, np.einsum("nhi,hij->nhj", values, rotation)
+        arrays: dict[str, np.ndarray] = {}
+        if self.rotate_values:
+            turned = principal_rotation(values.astype(np.float64), self.value_format.length, self._mixes("values"))
+            arrays["value_map"] = turned.astype(np.float32)
+            values = np.einsum("nhi,hij->nhj", values, arrays["value_map"])
+        if self.fp8_values:
+            arrays["value_scale"] = fp8_scale(values)
+            values = values * arrays["value_scale"][:, None]
+        return arrays, values
 
-    # -- the values' rotation
+    # -- the values' rotation and scale
 
     @property
     def folds_values(self) -> bool:
-        return self.rotate_values
+        return self.rotate_values or self.fp8_values
 
     def fold_values(
         self,
@@ -469,17 +519,33 @@ class VecInfer(VectorQuantisedMethod):
         v_bias: Float[Array, "Hkv D"] | None,
         o_kernel: Float[Array, "Hq D hidden"],
     ) -> tuple[Array, Array | None, Array]:
-        """v R for every head's values, and R^T before W_o."""
+        """v R s for every head's values, and R^T / s before W_o; R and s are 1 where nothing rotates or scales."""
         assert calibration is not None
-        rotation = jnp.asarray(calibration["value_map"], jnp.float32)
-        group = layer.num_query_heads // layer.num_kv_heads
-        out = jnp.repeat(rotation, group, axis=0)
+        into = value_fold(calibration)
+        back = into / jnp.square(calibration["value_scale"])[:, None, None] if self.fp8_values else into
+        out = jnp.repeat(back, layer.num_query_heads // layer.num_kv_heads, axis=0)
         exact = jax.lax.Precision.HIGHEST
         return (
-            jnp.einsum("xhi,hij->xhj", v_kernel, rotation, precision=exact),
-            None if v_bias is None else jnp.einsum("hi,hij->hj", v_bias, rotation, precision=exact),
+            jnp.einsum("xhi,hij->xhj", v_kernel, into, precision=exact),
+            None if v_bias is None else jnp.einsum("hi,hij->hj", v_bias, into, precision=exact),
             jnp.einsum("hij,hix->hjx", out, o_kernel, precision=exact),
         )
+
+
+def value_fold(calibration: Mapping[str, Any]) -> Float[Array, "Hkv D D"]:
+    """What a layer's values are multiplied by: the rotation times the scale, either of which may be left out."""
+    smooth = jnp.asarray(calibration["smooth"], jnp.float32)  # of every head, whatever else there is
+    same = jnp.broadcast_to(jnp.eye(smooth.shape[1], dtype=jnp.float32), (*smooth.shape, smooth.shape[1]))
+    rotation = jnp.asarray(calibration.get("value_map", same), jnp.float32)
+    return rotation * jnp.asarray(calibration.get("value_scale", smooth[:, 0] * 0 + 1), jnp.float32)[:, None, None]
+
+
+def fp8_scale(values: Float[np.ndarray, "N Hkv D"]) -> Float[np.ndarray, "Hkv"]:
+    """The power of two of each head by which its largest value comes to 2^7 to 2^8."""
+    peak = np.abs(values).max(axis=(0, 2))
+    return np.where(peak > 0, np.exp2(FP8_PEAK_LOG2 - np.ceil(np.log2(np.maximum(peak, 1e-30)))), 1.0).astype(
+        np.float32
+    )
 
 
 def sampled_after(first: int, vectors: np.ndarray, statistics: Any) -> np.ndarray:
@@ -495,12 +561,12 @@ def centre(statistics: Any) -> dict[str, np.ndarray]:
     return {"mean": sampled_after(1, np.asarray(statistics.keys, np.float32), statistics).mean(axis=0)}
 
 
-def centred_maps(statistics: Any, length: int, power: float = 0.25) -> dict[str, np.ndarray]:
+def centred_maps(statistics: Any, length: int, power: float = 0.25, mixed: bool = False) -> dict[str, np.ndarray]:
     """That mean, and the maps of `metric_map` for sub-vectors of `length`."""
     keys = sampled_after(1, np.asarray(statistics.keys, np.float32), statistics)
     arrays = centre(statistics)
     moment = np.asarray(statistics.query_moment, np.float64) / max(int(statistics.count), 1)
-    arrays["key_map"], arrays["query_map"] = metric_map(moment, keys - arrays["mean"], length, power)
+    arrays["key_map"], arrays["query_map"] = metric_map(moment, keys - arrays["mean"], length, power, mixed)
     return arrays
 
 

@@ -25,9 +25,10 @@ from vecinfer_jax.models.layerwise import head_of, unembed
 from vecinfer_jax.parallel.share import Share
 from vecinfer_jax.rope import apply_rope
 
-# Adam's rates, as shares of an array's root mean square; they fall to 0 as a cosine.
+# Adam's rates, as shares of an array's root mean square, which fall to 0 as a cosine; steps at least, and as many
+# passes over the passages.
 RATES = {"key_codebook": 5e-3, "value_codebook": 5e-3, "query_map": 2.5e-3}
-STEPS = 256
+STEPS, PASSES = 256, 2
 
 
 class Differentiable(CacheMethod):
@@ -62,15 +63,19 @@ def refine_model(
     passages: Sequence[Sequence[int]],
     *,
     seed: int,
-    steps: int = STEPS,
+    steps: int | None = None,
     progress: bool = False,
 ) -> list[dict[str, np.ndarray]]:
     """The layers' arrays moved so that the model predicts what it does with full precision's cache.
 
     The loss is KL(full || coded) in the mean over a passage's predictions, one passage a step; layers are run one at a
     time, forward and then backward, so that one compiled layer serves all and one layer's attention is in memory.
-    params: the model's, with the values' transform folded in; sinks: of each layer's method.
+    params: the model's, with the values' transform folded in; sinks: of each layer's method; steps: by default 256, or
+    twice as many as there are passages.
     """
+    longest = max(map(len, passages))
+    whole = [row for row in passages if len(row) == longest]  # a shorter one would be compiled anew
+    steps = max(STEPS, PASSES * len(whole)) if steps is None else steps
     config, dtype = lm.config, jnp.dtype(lm.dtype)
     # One passage is run at a time: what splits it is the model axis.
     share = None if lm.layout is None else Share(config, lm.layout, lm.layout.axes_of_texts(1, context=False))
@@ -87,8 +92,6 @@ def refine_model(
         updates, state = optimiser.update({name: gradient[name] * size[name] for name in size}, state, scaled)
         return optax.apply_updates(scaled, updates), state
 
-    longest = max(map(len, passages))
-    whole = [row for row in passages if len(row) == longest]  # a shorter one would be compiled anew
     order = passes(len(whole), steps, seed)
     exact: dict[int, np.ndarray] = {}  # the last layer's output, on the host, of passages that come again
     for index in tqdm(order, "predictions", disable=not progress, unit="step"):

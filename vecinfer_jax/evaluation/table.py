@@ -283,8 +283,8 @@ def _settings(instance: Any) -> dict[str, Any]:
         value = getattr(instance, field.name)
         if field.name in ("implementation", "interpret"):
             continue
-        if field.metadata.get("later") and value == field.default:  # rows from before it was there mean the same
-            continue
+        if field.metadata.get("later") and value == field.metadata.get("before", field.default):
+            continue  # rows from before it was there mean the same
         if isinstance(value, Path):
             settings[field.name] = value.name
             try:
