@@ -141,6 +141,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
             "methods": [
                 *(f"vecinfer:bits=2,transform={t},sink=1,residual=0" for t in ("smooth-hadamard", *CENTRING)),
                 *(f"vecinfer:bits={bits},transform=metric,sink=1,residual=0,mixed=none" for bits in (1, 4, 1.5, 3)),
+                *(f"vecinfer:bits=4,transform=metric,sink=1,residual={r}" for r in (0, 128)),
                 "vecinfer:bits=2,transform=metric,sink=1,residual=0,rotate_values=true",
             ],
             "tasks": [text],
@@ -158,8 +159,7 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
                 *(f"{METRIC},residual=0,{idea}" for idea in IDEAS),
                 *(f"{METRIC},residual=0,key={k},value={v}" for k, v in UNEQUAL),
                 *(f"{METRIC},residual={r},{BEST}" for r in (0, 128)),
-                f"{METRIC},residual=0,{BEST},mixed=none".replace("bits=2", "bits=4"),
-                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (3, 1.5, 1)),
+                *(f"{METRIC},residual=0,{BEST}".replace("bits=2", f"bits={bits:g}") for bits in (1.5, 1)),
             ],
             "tasks": [text],
             "seeds": [0],
@@ -185,8 +185,8 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         # Tables of the values in fp8, by width: --passages 32 --passage-length 1024.
         "fp8": {
             "methods": [
-                f"vecinfer:bits={bits:g},transform=metric,sink=1,residual=0" + ",fp8_values=true" * fp8
-                for bits, fp8 in itertools.product((3, 2, 1.5, 1), (0, 1))
+                f"vecinfer:bits={bits},transform=metric,sink=1,residual=0" + ",fp8_values=true" * fp8
+                for bits, fp8 in itertools.product((3, 2, 1), (0, 1))
             ],
             "tasks": [text],
             "seeds": [0],
@@ -269,6 +269,15 @@ def groups(model: str, data: Path) -> dict[str, dict[str, Any]]:
         # --passages 256 --passage-length 1024
         "metric-best-mixed": {
             "methods": [f"{METRIC},residual={r},{BEST},mixed=values" for r in (0, 128)],
+            "tasks": [text],
+            "seeds": [0, 1, 2],
+        },
+        # --passages 64 --passage-length 1024
+        "best-widths": {
+            "methods": [
+                f"{METRIC},residual={r},{BEST}".replace("bits=2", f"bits={bits}")
+                for bits, r in itertools.product((4, 3), (0, 16, 128))
+            ],
             "tasks": [text],
             "seeds": [0, 1, 2],
         },

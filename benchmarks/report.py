@@ -32,7 +32,14 @@ SMOLLM2, QWEN, QWEN_LARGE = (
 WIKITEXT = "wikitext2_detok_test.txt"
 
 # Settings of VecInfer's calibration that the paper does not have, as rows have them where they are off.
-BARE: dict[str, Any] = {"rotate_values": False, "weighted": "none", "restarts": 1, "refine": "none"}
+BARE: dict[str, Any] = {
+    "rotate_values": False,
+    "weighted": "none",
+    "restarts": 1,
+    "refine": "none",
+    "mixed": "none",
+    "fp8_values": False,
+}
 
 # What of a perplexity's row, and how.
 SHOWN = {"perplexity": "{:.2f}", "kl": "{:.4f}"}
@@ -102,8 +109,18 @@ def quality() -> str:
         if row["method"]["name"] == "full"
         or ((row["method"]["name"], row["method"]["bits"]) in shown and row["method"].get("key") is None)
     ]
+
+    def default(row: dict[str, Any]) -> bool:
+        """Settings left out, as they are now, and the usual text for windows of 1,024 tokens."""
+        method, text = row["method"], row["calibration"]
+        plain = is_plain({"method": method | {"mixed": "none"}}) and (text["passages"], text["passage_length"]) == (
+            32,
+            1024,
+        )
+        return plain and method.get("mixed", "none") == ("keys" if method["bits"] == 4 else "none")
+
     ours = rows_of(
-        SMOLLM2, "perplexity", is_plain, length=1024, path=WIKITEXT, prefill="coded", transform="metric", sink=1
+        SMOLLM2, "perplexity", default, length=1024, path=WIKITEXT, prefill="coded", transform="metric", sink=1
     )
     return task_table([row for row in rows if row["method"].get("group", 32) == 32] + ours)
 
@@ -360,6 +377,21 @@ def metric_ideas(model: str) -> Callable[[], str]:
     return make
 
 
+def against_kivi() -> str:
+    """4 bits and more on SmolLM2, beside KIVI's: sub-vectors of 2, mixed, with the windows they were measured with."""
+
+    def shown(row: dict[str, Any]) -> bool:
+        method = row["method"]
+        if method["name"] == "kivi":
+            return bool(method["bits"] == 4)
+        settings = {"weighted": "both", "rotate_values": True, "mixed": "both"}
+        wide = row["result"]["bits_per_element"] >= 4
+        return bool(wide and method.get("transform") == "metric" and beside(method) == settings)
+
+    where_from = {"length": 1024, "path": WIKITEXT, "prefill": "coded"}
+    return task_table(rows_of(SMOLLM2, "perplexity", shown, **where_from))
+
+
 def calibrated_on(row: dict[str, Any]) -> str:
     """What a row was calibrated on, in words."""
     text = row["calibration"]
@@ -436,6 +468,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metric-ideas": metric_ideas(SMOLLM2),
     "metric-ideas-qwen": metric_ideas(QWEN),
     "metric-needle": metric_needle,
+    "against-kivi": against_kivi,
     "lengths": lengths,
     "unseen": unseen,
     "needle": answers("needle"),

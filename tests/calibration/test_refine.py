@@ -172,6 +172,20 @@ def test_the_whole_model_comes_nearer_to_full_precision():
     assert np.square(hidden[1] - exact).mean() < np.square(hidden[0] - exact).mean()
 
 
+def test_finer_codes_take_smaller_steps():
+    """Half for every bit above two, and the queries' map with the keys."""
+    books = {"d4b8": (2, 256, 4), "d8b8": (2, 256, 8), "d4b12": (2, 4096, 4), "d2b8": (2, 256, 2)}
+    rates = {"key_codebook": 8.0, "value_codebook": 4.0, "query_map": 2.0}
+
+    def found(key, value):
+        arrays = {"key_codebook": np.zeros(books[key]), "value_codebook": np.zeros(books[value])}
+        return list(refine.rates_for(rates, arrays).values())
+
+    assert found("d4b8", "d8b8") == [8.0, 4.0, 2.0]
+    assert found("d4b12", "d4b8") == [4.0, 4.0, 1.0]
+    assert found("d8b8", "d2b8") == [8.0, 1.0, 2.0]
+
+
 def test_refined_is_everything_that_calibration_can_do():
     assert VecInfer.refined(bits=2) == VecInfer(bits=2, weighted="both", rotate_values=True, refine="kl")
     assert VecInfer.refined(refine="attention").refine == "attention"

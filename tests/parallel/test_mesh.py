@@ -27,7 +27,7 @@ CODES_IN_BASIS = CODES_ON_HOST + ",basis=principal"
 METHODS = (
     "full",
     "vecinfer:bits=2,residual=16,sink=1,transform=smooth-hadamard",
-    "vecinfer:bits=2,residual=0,transform=metric,sink=3",
+    "vecinfer:bits=2,residual=0,transform=metric,sink=3,fp8_values=true",
     "kvquant:bits=3,outliers=0.01,residual=8",
     "kvquant:bits=2,outliers=0.02,keys=per-token",
     "kivi:bits=2,group=32,residual=16",

@@ -19,14 +19,22 @@ from tqdm import tqdm
 
 from vecinfer_jax.caches.base import NO_AXES, CacheMethod, Chunk, LayerShape, total
 from vecinfer_jax.calibration.fisher import gradient_by_rows
-from vecinfer_jax.calibration.refine import Arrays, coded_attention, optimiser_of, passes, sizes_of, unscaled
+from vecinfer_jax.calibration.refine import (
+    Arrays,
+    coded_attention,
+    optimiser_of,
+    passes,
+    rates_for,
+    sizes_of,
+    unscaled,
+)
 from vecinfer_jax.models.decoder import DecoderLayer, layer_shape
 from vecinfer_jax.models.layerwise import head_of, unembed
 from vecinfer_jax.parallel.share import Share
 from vecinfer_jax.rope import apply_rope
 
-# Adam's rates, as shares of an array's root mean square, which fall to 0 as a cosine; steps at least, and as many
-# passes over the passages.
+# Adam's rates, as shares of an array's root mean square, which fall to 0 as a cosine (less for finer codes,
+# `rates_for`); steps at least, and as many passes over the passages.
 RATES = {"key_codebook": 5e-3, "value_codebook": 5e-3, "query_map": 2.5e-3}
 STEPS, PASSES = 256, 2
 
@@ -84,12 +92,14 @@ def refine_model(
     held = [{name: jnp.asarray(array, jnp.float32) for name, array in layer.items()} for layer in layers]
     sizes = [sizes_of({name: layer[name] for name in RATES}) for layer in held]
     scaled = [{name: layer[name] / size[name] for name in RATES} for layer, size in zip(held, sizes, strict=True)]
-    optimiser = optimiser_of(RATES, steps)
-    states = [optimiser.init(one) for one in scaled]
+    rates = [tuple(rates_for(RATES, layer).items()) for layer in held]
+    states = [optimiser_of(dict(of_layer), steps).init(one) for of_layer, one in zip(rates, scaled, strict=True)]
 
-    @jax.jit
-    def update(scaled: Arrays, state: Any, gradient: Arrays, size: Arrays) -> tuple[Any, Any]:
-        updates, state = optimiser.update({name: gradient[name] * size[name] for name in size}, state, scaled)
+    @functools.partial(jax.jit, static_argnums=0)
+    def update(rates: Any, scaled: Arrays, state: Any, gradient: Arrays, size: Arrays) -> tuple[Any, Any]:
+        updates, state = optimiser_of(dict(rates), steps).update(
+            {name: gradient[name] * size[name] for name in size}, state, scaled
+        )
         return optax.apply_updates(scaled, updates), state
 
     order = passes(len(whole), steps, seed)
@@ -116,7 +126,7 @@ def refine_model(
         for at in reversed(range(len(names))):
             of_layer = params[names[at]], inputs[at], arrays[at]
             gradient, of_arrays = _backward(config, dtype, share, sinks[at], *of_layer, positions, cos, sin, gradient)
-            scaled[at], states[at] = update(scaled[at], states[at], of_arrays, sizes[at])
+            scaled[at], states[at] = update(rates[at], scaled[at], states[at], of_arrays, sizes[at])
     return [
         {**layer, **{name: np.asarray(array) for name, array in unscaled(s, size).items()}}
         for layer, s, size in zip(layers, scaled, sizes, strict=True)

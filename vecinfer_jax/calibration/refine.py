@@ -9,6 +9,7 @@ way to read the centroids. Shapes stay what they were, and so does decoding.
 """
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +22,8 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels.exact import product
 from vecinfer_jax.calibration.kmeans import nearest
 
-# What is moved, by how much of its root mean square a step at most (Adam's rate), falling to 0 as a cosine.
+# What is moved, by how much of its root mean square a step at most (Adam's rate), falling to 0 as a cosine; less where
+# codes are finer than 2 bits (`rates_for`).
 RATES = {"key_codebook": 5e-3, "value_codebook": 5e-3, "query_map": 2e-3}
 STEPS = 320
 MASKED = -1e30
@@ -110,7 +112,7 @@ def output_error(arrays: Mapping[str, Any], window: Windows, sink: int) -> Float
 
 @functools.partial(jax.jit, static_argnames="sink")
 def _descend(moved: Arrays, held: Arrays, windows: Windows, order: Int[Array, "steps"], sink: int) -> Arrays:
-    optimiser, size = optimiser_of(RATES, order.shape[0]), sizes_of(moved)
+    optimiser, size = optimiser_of(rates_for(RATES, moved), order.shape[0]), sizes_of(moved)
 
     def step(carry: tuple[Arrays, Any], index: Array) -> tuple[tuple[Arrays, Any], Array]:
         scaled, state = carry
@@ -126,6 +128,19 @@ def _descend(moved: Arrays, held: Arrays, windows: Windows, order: Int[Array, "s
     start = {name: array / size[name] for name, array in moved.items()}
     (scaled, _), _ = jax.lax.scan(step, (start, optimiser.init(start)), order)
     return unscaled(scaled, size)
+
+
+def rates_for(rates: Mapping[str, float], arrays: Arrays) -> dict[str, float]:
+    """The rates of arrays whose centroids lie half as far apart for every bit above 2: half as large for each of them.
+
+    The queries' map goes with the keys' codebook. At the full rate codebooks of 4 bits end worse than they began.
+    """
+
+    def share(name: str) -> float:
+        entries, length = arrays["value_codebook" if name == "value_codebook" else "key_codebook"].shape[1:]
+        return min(1.0, 2.0 ** (2 - math.log2(entries) / length))
+
+    return {name: rate * share(name) for name, rate in rates.items()}
 
 
 def optimiser_of(rates: Mapping[str, float], steps: int) -> optax.GradientTransformation:
