@@ -25,6 +25,8 @@ TARGET = ROOT.parent.parent / "vecinfer_jax" / "devices.json"
 # Short name, folder of results, bytes of memory as the driver gives them.
 DEVICES = {"h100": ("nvidia-h100-80gb-hbm3", 81559 * 2**20)}
 FITTED = ("llama-3.1-8b", "smollm2-135m")
+# From fewer to more tokens by this factor tells what a layer takes whatever the length.
+SPREAD = 4
 
 
 def rows_of(folder: str, model: str) -> list[dict[str, Any]]:
@@ -64,9 +66,11 @@ def fit(folder: str, memory: int) -> Device:
             read = bytes_read(config, method, batch, tokens)
             matrix.append(np.array([config.num_layers / 1e3, read / 1e6]) / ms)
             rest.append(1.0 - (milliseconds(config, method, batch, tokens, free) or 0.0) / ms)
-        if len(rows) == 1:  # a layer takes as long with the same method in another width
+        held = [row["batch"] * row["tokens"] for _, _, row in rows]
+        if alike and max(held) < SPREAD * min(held):  # a layer takes as long with the same method in another width
             layer_us = alike[0]
-            per_byte = (rest[0] - layer_us * matrix[0][0]) / matrix[0][1]
+            slope, left = np.array([m[1] for m in matrix]), np.array(rest) - layer_us * np.array([m[0] for m in matrix])
+            per_byte = slope @ left / (slope @ slope)
         else:
             (layer_us, per_byte), *_ = np.linalg.lstsq(np.array(matrix), np.array(rest))
         caches[key] = Reading(round(float(1 / per_byte), 1), round(float(layer_us), 2))

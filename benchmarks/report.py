@@ -49,12 +49,12 @@ def rows_of(
     model: str,
     task: str,
     kept: Callable[[dict[str, Any]], bool] | None = None,
-    mixed: bool = False,
+    all_devices: bool = False,
     **settings: Any,
 ) -> list[dict[str, Any]]:
     """The rows of benchmarks/quality.py for a task whose task, method or reading of the prompt has these settings.
 
-    `kept`: which of these, where settings cannot say it. `mixed`: of all devices, in a table that names them.
+    `kept`: which of these, where settings cannot say it. `all_devices`: of all, in a table that names them.
     """
 
     def wanted(row: dict[str, Any]) -> bool:
@@ -64,7 +64,7 @@ def rows_of(
 
     paths = sorted((ROOT / "results").glob(f"*/quality-{model}.json"))
     by_device = [[row for row in json.loads(path.read_text())["rows"] if wanted(row)] for path in paths]
-    if mixed:
+    if all_devices:
         return [row for rows in by_device for row in rows]
     return max(by_device, key=len, default=[])  # of the device with most of them
 
@@ -230,7 +230,7 @@ def metric() -> str:
 
 def kvquant() -> str:
     """KVQuant's widths and ablations without a window, calibrated on passages as long as the windows."""
-    rows = rows_of(SMOLLM2, "perplexity", length=1024, path=WIKITEXT, name="kvquant", mixed=True)
+    rows = rows_of(SMOLLM2, "perplexity", length=1024, path=WIKITEXT, name="kvquant", all_devices=True)
     cells = []
     for row in sorted(rows, key=lambda row: (-row["method"]["bits"], row["result"]["perplexity"])):
         method, result = row["method"], row["result"]
@@ -252,7 +252,7 @@ def tailorkv(task: str) -> Callable[[], str]:
 
     def make() -> str:
         cells = []
-        for row in rows_of(SMOLLM2, task, name_of("tailorkv"), mixed=True):
+        for row in rows_of(SMOLLM2, task, name_of("tailorkv"), all_devices=True):
             method, result = row["method"], row["result"]
             quantised = method["roles"].count("quantised") if method["roles"] else 0
             layers = f"{quantised} at {method['bits']} bit" if quantised else "none"
@@ -320,7 +320,7 @@ def unseen() -> str:
     }
     lines: dict[str, dict[str, str]] = {}
     for name, shown in columns.items():
-        for row in rows_of(task="perplexity", kept=compared, length=1024, prefill="coded", mixed=True, **shown):
+        for row in rows_of(task="perplexity", kept=compared, length=1024, prefill="coded", all_devices=True, **shown):
             method = row["method"]
             label = method_label(method)
             if method["name"] == "vecinfer":
@@ -353,7 +353,7 @@ def metric_ideas(model: str) -> Callable[[], str]:
     def make() -> str:
         lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         shown = {"length": 1024, "path": WIKITEXT, "transform": "metric", "sink": 1, "prefill": "coded"}
-        for row in rows_of(model, "perplexity", mixed=True, **shown):
+        for row in rows_of(model, "perplexity", all_devices=True, **shown):
             method, calibration = row["method"], row["calibration"]
             if calibration["passage_length"] != 1024 and not calibration.get("repeated"):  # those are in `lengths`
                 continue
@@ -386,10 +386,27 @@ def against_kivi() -> str:
             return bool(method["bits"] == 4)
         settings = {"weighted": "both", "rotate_values": True, "mixed": "both"}
         wide = row["result"]["bits_per_element"] >= 4
-        return bool(wide and method.get("transform") == "metric" and beside(method) == settings)
+        return bool(wide and method.get("transform") == "metric" and beside({**method, "refine": "none"}) == settings)
 
     where_from = {"length": 1024, "path": WIKITEXT, "prefill": "coded"}
     return task_table(rows_of(SMOLLM2, "perplexity", shown, **where_from))
+
+
+def fp8() -> str:
+    """Tables of the values in fp8 and in float32, otherwise the same, of the same calibration."""
+
+    def shown(row: dict[str, Any]) -> bool:
+        method, text = row["method"], row["calibration"]
+        plain = is_plain({"method": method | {"fp8_values": False}}) and method["sink"] == 1 and row["seed"] == 0
+        return plain and (text["passages"], text["passage_length"]) == (32, 1024) and method["bits"] < 4
+
+    lines: dict[float, dict[bool, list[str]]] = {}
+    for row in rows_of(SMOLLM2, "perplexity", shown, length=1024, path=WIKITEXT, residual=0, transform="metric"):
+        values = [form.format(row["result"][key]) for key, form in SHOWN.items()]
+        lines.setdefault(row["method"]["bits"], {})[row["method"].get("fp8_values", False)] = values
+    both = {bits: found for bits, found in sorted(lines.items(), reverse=True) if len(found) == 2}
+    cells = [[f"{bits:g}", *found[False], *found[True]] for bits, found in both.items()]
+    return table(["bits", "perplexity", "KL, nats", "perplexity, fp8", "KL, nats, fp8"], cells)
 
 
 def calibrated_on(row: dict[str, Any]) -> str:
@@ -408,7 +425,9 @@ def lengths() -> str:
     }
     lines: dict[tuple[int, str], dict[str, str]] = {}
     for name, shown in texts.items():
-        for row in rows_of(SMOLLM2, "perplexity", is_plain, mixed=True, transform="metric", sink=1, bits=2, **shown):
+        for row in rows_of(
+            SMOLLM2, "perplexity", is_plain, all_devices=True, transform="metric", sink=1, bits=2, **shown
+        ):
             text = row["calibration"]
             if row["device"] != "cpu" and text["passages"] * text["passage_length"] == 2**16:
                 made = f"{text['passages']} passages of {text['passage_length']:,}"
@@ -424,7 +443,7 @@ def lengths() -> str:
 def metric_needle() -> str:
     """The needle at 2 bits with one exact token, as calibrated by default and refined."""
     lines: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in rows_of(SMOLLM2, "needle", mixed=True, transform="metric", samples=3, prefill="coded"):
+    for row in rows_of(SMOLLM2, "needle", all_devices=True, transform="metric", samples=3, prefill="coded"):
         about = row["method"]["residual"], spelt(beside(row["method"])), calibrated_on(row), where(row)
         lines.setdefault(about, []).append(row["result"])
     cells = []
@@ -469,6 +488,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metric-ideas-qwen": metric_ideas(QWEN),
     "metric-needle": metric_needle,
     "against-kivi": against_kivi,
+    "fp8": fp8,
     "lengths": lengths,
     "unseen": unseen,
     "needle": answers("needle"),

@@ -10,7 +10,8 @@ import pytest
 import vecinfer_jax as vj
 from tests import small
 from tests.caches.harness import LAYER, chunk_at, decode_all, oracle, prefill, random_qkv
-from vecinfer_jax.caches import FullPrecision, VecInfer
+from vecinfer_jax import specs
+from vecinfer_jax.caches import METHODS, FullPrecision, VecInfer
 from vecinfer_jax.calibration.metric import metric_map
 from vecinfer_jax.errors import CalibrationError, InputError
 from vecinfer_jax.models.decoder import Decoder
@@ -180,21 +181,25 @@ def test_values_in_fp8_are_scaled_to_its_range_and_read_as_they_are_rounded():
             for each in (store, dataclasses.replace(store, value_table=None))
         ]
         np.testing.assert_allclose(*outs, rtol=1e-6)
+        empty = dataclasses.replace(store, value_table=jnp.zeros_like(store.value_table))
+        assert not method.attend_codes(q, empty, count, (), LAYER, jnp.float32)[0].any()  # decoding reads the table
     for head in range(HEADS):  # of 8% of the squared error at 2 bits, rounding adds a hundredth
         assert errors[False, head] < errors[True, head] * 1.001 and errors[True, head] < 1.02 * errors[False, head]
 
 
-@pytest.mark.parametrize("settings", [{"bits": 4}, {"bits": 2, "scope": "global"}], ids=str)
-def test_values_in_fp8_need_sub_vectors_of_four_and_a_scale_of_their_own(settings):
-    with pytest.raises(InputError, match="fp8_values=true needs values of sub-vectors of 4 or more"):
-        VecInfer(fp8_values=True, **settings)
+def test_values_in_fp8_need_sub_vectors_of_four():
+    with pytest.raises(InputError, match=r"fp8_values=true needs values of sub-vectors of 4 or more.* not d2b8"):
+        VecInfer(fp8_values=True, bits=4)
 
 
 def test_sub_vectors_of_two_are_mixed():
     """By default where they are turned; others where it is said so."""
-    assert VecInfer(bits=4).mixed == "keys" and VecInfer(bits=4, rotate_values=True).mixed == "both"
-    assert VecInfer(bits=2, rotate_values=True).mixed == VecInfer(bits=4, **PAPER).mixed == "none"
-    assert VecInfer(key="d4b8", value="d2b8", rotate_values=True).mixed == "values"
+    assert VecInfer(bits=4).mixes == "keys" and VecInfer(bits=4, rotate_values=True).mixes == "both"
+    assert VecInfer(bits=2, rotate_values=True).mixes == VecInfer(bits=4, **PAPER).mixes == "none"
+    assert VecInfer(key="d4b8", value="d2b8", rotate_values=True).mixes == "values"
+    assert dataclasses.replace(VecInfer(bits=4), bits=2).mixes == "none"
+    assert specs.parse("vecinfer:bits=4,mixed=none", METHODS, "method").mixes == "none"
+    assert VecInfer(bits=4, mixed="keys").calibration_key() == VecInfer(bits=4).calibration_key()
     assert VecInfer(bits=2, mixed="none").calibration_key() == VecInfer(bits=2).calibration_key()
     kinds = ["none", "keys", "values", "both"]
     methods = [VecInfer(bits=4, rotate_values=True, mixed=mixed) for mixed in kinds]

@@ -367,6 +367,11 @@ def coded():
     return method, {"smooth": rng.uniform(0.5, 2, size=(2, 16)).astype(np.float32)} | books
 
 
+def test_pairs_of_the_principal_basis_stay_unequal():
+    """Channels are chosen by the size of their pairs, which would all be alike if they were mixed."""
+    assert CodedSparseLayer(basis="principal").codes.mixes == "none"
+
+
 @pytest.mark.slow
 def test_the_host_holds_vecinfers_codes_twice_for_keys(coded, qkv):
     method, calibration = coded

@@ -11,7 +11,7 @@ import pytest
 import vecinfer_jax as vj
 from tests import small
 from vecinfer_jax.caches import PerLayer, VecInfer
-from vecinfer_jax.calibration import refine
+from vecinfer_jax.calibration import distil, refine
 from vecinfer_jax.calibration.codebooks import codebook_of, subvectors
 from vecinfer_jax.calibration.collect import collect, fit
 from vecinfer_jax.calibration.distil import refine_model
@@ -186,6 +186,20 @@ def test_finer_codes_take_smaller_steps():
     assert found("d8b8", "d2b8") == [8.0, 1.0, 2.0]
 
 
+def test_rates_of_nothing_move_nothing(monkeypatch):
+    """So both descents go by `rates_for`."""
+    for module in (refine, distil):
+        monkeypatch.setattr(module, "rates_for", lambda rates, arrays: dict.fromkeys(rates, 0.0))
+    lm, a, calibration = small.model(), activations(), small.calibration_of(METRIC)
+    moved = [
+        refine.refine_layer(calibration.layers[0], a.statistics[0].windows, 2, 0),  # compiled for no other test
+        *refine_model(lm, lm.params, calibration.layers, [1] * 3, a.passages, seed=0, steps=2),
+    ]
+    for ours, theirs in zip(moved, (calibration.layers[0], *calibration.layers), strict=True):
+        for name in refine.RATES:
+            np.testing.assert_allclose(ours[name], theirs[name], rtol=1e-6)
+
+
 def test_refined_is_everything_that_calibration_can_do():
     assert VecInfer.refined(bits=2) == VecInfer(bits=2, weighted="both", rotate_values=True, refine="kl")
     assert VecInfer.refined(refine="attention").refine == "attention"
@@ -194,7 +208,7 @@ def test_refined_is_everything_that_calibration_can_do():
 @pytest.mark.slow
 def test_settings_calibrate_and_are_told_apart():
     a = activations()
-    settings = {"weighted": "both", "restarts": 2, "refine": "attention", "rotate_values": True}
+    settings = {"weighted": "both", "restarts": 2, "refine": "attention", "rotate_values": True, "fp8_values": True}
     method = dataclasses.replace(METRIC, **settings)
     calibration = fit(small.model(), method, a, progress=False)
     result = vj.evaluate.perplexity(
@@ -202,7 +216,7 @@ def test_settings_calibrate_and_are_told_apart():
     )
     assert np.isfinite(result.perplexity)
     methods = [METRIC, method, *(dataclasses.replace(METRIC, **{name: value}) for name, value in settings.items())]
-    assert len({str(m.calibration_key()) for m in methods}) == 6
+    assert len({str(m.calibration_key()) for m in methods}) == 7
     assert dataclasses.replace(METRIC, refine="kl").refines_model
     assert PerLayer(METRIC, ((0, dataclasses.replace(METRIC, refine="kl")),)).wanted_statistics() == {"windows"}
     with pytest.raises(InputError, match="give it to every layer's method"):

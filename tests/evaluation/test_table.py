@@ -120,6 +120,11 @@ def test_other_settings_or_another_text_are_other_rows(finished):
         vj.VecInfer(bits=1, residual=0, implementation="xla", transform="smooth-hadamard"), tasks[0], "coded", 0
     )
     assert json.dumps(made.identity(fast)) == identity
+    # What a setting stands for where it is left out is what a row is told by, if that is not what it always was.
+    mixed = [
+        made.identity(table.Row(vj.VecInfer(bits=bits), tasks[0], "coded", 0))["method"].get("mixed") for bits in (4, 2)
+    ]
+    assert mixed == ["keys", None]
     for calibration in ({"samples": 5}, {"passages": 5}, {"texts": ["another"]}):
         otherwise = table.Table(small.model(), directory / "out", progress=False, **calibration)
         assert json.dumps(otherwise.identity(row)) != identity

@@ -493,8 +493,9 @@ class CodedSparseLayer(SparseLayer):
     def codes(self) -> VecInfer:
         """The method whose codes these are."""
         how: dict[str, Any] = {"implementation": self.implementation, "interpret": self.interpret}
+        # Not mixed: pairs would all have the same variance, and none of them would be one to choose by.
         transform = "metric" if self.basis == "principal" else "smooth"
-        return VecInfer(bits=4, transform=transform, residual=self.residual, sink=self.sink, **how)
+        return VecInfer(bits=4, transform=transform, mixed="none", residual=self.residual, sink=self.sink, **how)
 
     def centred(self, k: Float[Array, "*B Hkv D"], store: HostStore) -> Float[Array, "*B Hkv D"]:
         return self.codes.centred(k, store.codebooks)

@@ -83,9 +83,11 @@ class VecInfer(VectorQuantisedMethod):
         "hadamard-smooth", "smooth", "hadamard" and "none" its ablation.
     rotate_values: turn values to their principal directions, in serpentine order; folded into W_v and W_o.
     mixed:      "keys", "values" or "both": their principal directions are turned so that all sub-vectors have the same
-        covariance (`metric.spread`); "none". Left out: those that are turned and have sub-vectors of 2.
-    fp8_values: values' centroids in float8_e4m3fn, half the bytes to look up, with a head's values scaled to that
-        type's range by a power of two (folded into W_v and W_o). Decoding is faster for it (docs/performance.md).
+        covariance, or groups of them where their number is no power of two (`metric.spread`); "none". Left out: those
+        that have a rotation and sub-vectors of 2.
+    fp8_values: values' centroids in float8_e4m3fn, half the bytes to look up, which makes decoding faster
+        (docs/performance.md). A head's values are scaled to that type's range by a power of two, folded into W_v and
+        W_o, which loses bits in float16 models alone.
     scope:      one codebook of keys and one of values per "layer_head", per "layer", or for the whole model ("global").
     residual:   exact recent tokens (paper: 128).
     sink:       exact first tokens. Left out, 0 with the paper's transforms, as there, and 1 with those that take off
@@ -111,7 +113,11 @@ class VecInfer(VectorQuantisedMethod):
     restarts: int = dataclasses.field(default=1, kw_only=True, metadata={"later": True})
     refine: str = dataclasses.field(default="none", kw_only=True, metadata={"later": True})
     fp8_values: bool = dataclasses.field(default=False, kw_only=True, metadata={"later": True})
-    mixed: str = dataclasses.field(default=None, kw_only=True, metadata={"later": True, "before": "none"})  # type: ignore[assignment]
+    mixed: str = dataclasses.field(  # not `| None`: mixed=none is a setting, and not the same as nothing
+        default=None,  # type: ignore[assignment]
+        kw_only=True,
+        metadata={"later": True, "meaning": "mixes", "before": "none"},
+    )
 
     name: ClassVar[str] = "vecinfer"
     needs_calibration: ClassVar[bool] = True
@@ -128,24 +134,20 @@ class VecInfer(VectorQuantisedMethod):
         for name in ("rotate_values", "fp8_values"):
             if not isinstance(getattr(self, name), bool):
                 raise InputError(f"{name}={getattr(self, name)!r} must be true or false")
-        if self.fp8_values and (self.value_format.length < FEWEST_FP8 or self.scope == "global"):
+        if self.fp8_values and self.value_format.length < FEWEST_FP8:
             raise InputError(
-                f"fp8_values=true needs values of sub-vectors of {FEWEST_FP8} or more, such as value='d4b12', and a "
-                f"scope of layer_head or layer, not {self.value_format} and {self.scope}"
+                f"fp8_values=true needs values of sub-vectors of {FEWEST_FP8} or more, such as value='d4b12', "
+                f"not {self.value_format}"
             )
         for name, known in (("scope", SCOPES), ("weighted", WEIGHTED), ("refine", REFINEMENTS)):
             if getattr(self, name) not in known:
                 raise InputError(f"{name}={getattr(self, name)!r} is unknown; choose from {', '.join(known)}")
         if not isinstance(self.restarts, int) or self.restarts < 1:
             raise InputError(f"restarts={self.restarts!r} must be a whole number, 1 or more")
-        if self.mixed is None:
-            keys, values = (wanted and form.length == 2 for wanted, form in self._turned())
-            mixed = {(True, True): "both", (True, False): "keys", (False, True): "values"}.get((keys, values), "none")
-            object.__setattr__(self, "mixed", mixed)
-        if self.mixed not in MIXED:
+        if self.mixes not in MIXED:
             raise InputError(f"mixed={self.mixed!r} is unknown; choose from {', '.join(MIXED)}")
-        for which, (turned, _) in zip(("keys", "values"), self._turned(), strict=True):
-            if self._mixes(which) and not turned:
+        for which, (turned, _) in self._rotated.items():
+            if self._mixed(which) and not turned:
                 needed = "transform=metric or rotation" if which == "keys" else "rotate_values=true"
                 raise InputError(f"mixed={self.mixed!r} needs {needed}")
         if self.refine != "none" and not self.maps:
@@ -163,12 +165,21 @@ class VecInfer(VectorQuantisedMethod):
         chosen: dict[str, Any] = {"weighted": "both", "rotate_values": True, "refine": "kl"}
         return cls(**chosen | settings)
 
-    def _turned(self) -> tuple[tuple[bool, CodeFormat], tuple[bool, CodeFormat]]:
+    @property
+    def _rotated(self) -> dict[str, tuple[bool, CodeFormat]]:
         """Whether keys, and values, go through a rotation that is fitted to them, and their formats."""
-        return (self.maps, self.key_format), (self.rotate_values, self.value_format)
+        return {"keys": (self.maps, self.key_format), "values": (self.rotate_values, self.value_format)}
 
-    def _mixes(self, which: str) -> bool:
-        return self.mixed in (which, "both")
+    @property
+    def mixes(self) -> str:
+        """What `mixed` says, or stands for where it is left out."""
+        if self.mixed is not None:
+            return self.mixed
+        pairs = [which for which, (turned, form) in self._rotated.items() if turned and form.length == 2]
+        return "both" if len(pairs) == 2 else (*pairs, "none")[0]
+
+    def _mixed(self, which: str) -> bool:
+        return self.mixes in (which, "both")
 
     @property
     def rotates(self) -> bool:
@@ -204,6 +215,7 @@ class VecInfer(VectorQuantisedMethod):
 
     def reading(self) -> str:
         rest = [] if self.fuses_queries else [self.transform]
+        rest += ["fp8"] if self.fp8_values else []
         rest += [] if self.implementation in (None, "mosaic_gpu") else [self.implementation]
         return " ".join([super().reading(), *rest])
 
@@ -229,11 +241,15 @@ class VecInfer(VectorQuantisedMethod):
             key["values"] = "rotated"
         if self.fp8_values:
             key["value_table"] = "fp8"
-        for name, default in (("weighted", "none"), ("restarts", 1), ("refine", "none"), ("mixed", "none")):
+        for name, default in (("weighted", "none"), ("restarts", 1), ("refine", "none")):
             if getattr(self, name) != default:
                 key[name] = getattr(self, name)
+        if self.mixes != "none":
+            key["mixed"] = self.mixes
         if self.refine != "none":
             key["first"] = self.sink
+            if max(self.key_format.bits, self.value_format.bits) > 2:
+                key["rates"] = "by width"  # and not one for all, as there once was
         return key
 
     def wanted_statistics(self) -> frozenset[str]:
@@ -449,7 +465,9 @@ class VecInfer(VectorQuantisedMethod):
             return arrays
         windows = statistics.windows
         if self.folds_values:
-            turned = np.einsum("wthi,hij->wthj", np.asarray(windows.values, np.float32), np.asarray(value_fold(arrays)))
+            turned = np.einsum(
+                "wthi,hij->wthj", np.asarray(windows.values, np.float32), np.asarray(value_fold(arrays, layer)[0])
+            )
             windows = dataclasses.replace(windows, values=turned)
         return refine_layer(arrays, windows, self.sink, seed)
 
@@ -469,7 +487,7 @@ class VecInfer(VectorQuantisedMethod):
         if self.centres:
             power = 0.25 if self.transform == "metric" else 0.0
             arrays |= (
-                centred_maps(statistics, self.key_format.length, power, self._mixes("keys"))
+                centred_maps(statistics, self.key_format.length, power, self._mixed("keys"))
                 if self.maps
                 else centre(statistics)
             )
@@ -497,7 +515,7 @@ class VecInfer(VectorQuantisedMethod):
             values = sampled_after(self.sink, values, statistics)
         arrays: dict[str, np.ndarray] = {}
         if self.rotate_values:
-            turned = principal_rotation(values.astype(np.float64), self.value_format.length, self._mixes("values"))
+            turned = principal_rotation(values.astype(np.float64), self.value_format.length, self._mixed("values"))
             arrays["value_map"] = turned.astype(np.float32)
             values = np.einsum("nhi,hij->nhj", values, arrays["value_map"])
         if self.fp8_values:
@@ -521,8 +539,7 @@ class VecInfer(VectorQuantisedMethod):
     ) -> tuple[Array, Array | None, Array]:
         """v R s for every head's values, and R^T / s before W_o; R and s are 1 where nothing rotates or scales."""
         assert calibration is not None
-        into = value_fold(calibration)
-        back = into / jnp.square(calibration["value_scale"])[:, None, None] if self.fp8_values else into
+        into, back = value_fold(calibration, layer)
         out = jnp.repeat(back, layer.num_query_heads // layer.num_kv_heads, axis=0)
         exact = jax.lax.Precision.HIGHEST
         return (
@@ -532,12 +549,14 @@ class VecInfer(VectorQuantisedMethod):
         )
 
 
-def value_fold(calibration: Mapping[str, Any]) -> Float[Array, "Hkv D D"]:
-    """What a layer's values are multiplied by: the rotation times the scale, either of which may be left out."""
-    smooth = jnp.asarray(calibration["smooth"], jnp.float32)  # of every head, whatever else there is
-    same = jnp.broadcast_to(jnp.eye(smooth.shape[1], dtype=jnp.float32), (*smooth.shape, smooth.shape[1]))
-    rotation = jnp.asarray(calibration.get("value_map", same), jnp.float32)
-    return rotation * jnp.asarray(calibration.get("value_scale", smooth[:, 0] * 0 + 1), jnp.float32)[:, None, None]
+def value_fold(
+    calibration: Mapping[str, Any], layer: LayerShape
+) -> tuple[Float[Array, "Hkv D D"], Float[Array, "Hkv D D"]]:
+    """R s and R / s: what a layer's values are multiplied by, and by the transpose of which that is undone."""
+    heads, dim = layer.num_kv_heads, layer.head_dim
+    rotation = jnp.asarray(calibration.get("value_map", jnp.tile(jnp.eye(dim), (heads, 1, 1))), jnp.float32)
+    scale = jnp.asarray(calibration.get("value_scale", jnp.ones(heads)), jnp.float32)[:, None, None]
+    return rotation * scale, rotation / scale
 
 
 def fp8_scale(values: Float[np.ndarray, "N Hkv D"]) -> Float[np.ndarray, "Hkv"]:

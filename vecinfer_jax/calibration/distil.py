@@ -78,8 +78,8 @@ def refine_model(
 
     The loss is KL(full || coded) in the mean over a passage's predictions, one passage a step; layers are run one at a
     time, forward and then backward, so that one compiled layer serves all and one layer's attention is in memory.
-    params: the model's, with the values' transform folded in; sinks: of each layer's method; steps: by default 256, or
-    twice as many as there are passages.
+    params: the model's, with the values' transform folded in; sinks: of each layer's method; steps: by default the
+    larger of 256 and twice the number of passages.
     """
     longest = max(map(len, passages))
     whole = [row for row in passages if len(row) == longest]  # a shorter one would be compiled anew

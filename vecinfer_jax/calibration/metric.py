@@ -45,7 +45,8 @@ def principal_rotation(
 ) -> Float[np.ndarray, "H D D"]:
     """U P: the principal directions of each head's vectors, in serpentine order, as columns; `mixed`: times `spread`.
 
-    Signs are such that every projection is skewed to the positive side: elements that share a codebook are alike.
+    Signs are such that every projection, before `spread`, is skewed to the positive side: elements that share a
+    codebook are alike.
     """
     centred = vectors - vectors.mean(axis=0)
     moment = np.einsum("nhi,nhj->hij", centred, centred)

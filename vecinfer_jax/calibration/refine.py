@@ -107,6 +107,9 @@ def output_error(arrays: Mapping[str, Any], window: Windows, sink: int) -> Float
     counts = (window.at >= sink)[:, None, None]
     exact = jnp.where(counts, coded_attention(q, at, k, v, {}, sink)[0], 0.0)
     error = jnp.where(counts, coded_attention(q, at, k, v, arrays, sink)[0] - exact, 0.0)
+    if "value_scale" in arrays:  # heads count as they do without
+        each = jnp.repeat(arrays["value_scale"], q.shape[2] // k.shape[2])[:, None]
+        exact, error = exact / each, error / each
     return jnp.sum(error**2) / jnp.maximum(jnp.sum(exact**2), 1e-30)
 
 

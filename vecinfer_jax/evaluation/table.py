@@ -280,7 +280,7 @@ def _settings(instance: Any) -> dict[str, Any]:
     """A dataclass's fields as JSON; how a method's kernels run is none of its settings, a file is its content."""
     settings: dict[str, Any] = {}
     for field in dataclasses.fields(instance):
-        value = getattr(instance, field.name)
+        value = getattr(instance, field.metadata.get("meaning", field.name))  # of what may be left out
         if field.name in ("implementation", "interpret"):
             continue
         if field.metadata.get("later") and value == field.metadata.get("before", field.default):
