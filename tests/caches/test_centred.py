@@ -121,7 +121,7 @@ def test_values_that_are_not_rotated_take_no_copies_of_weights():
     "settings",
     [
         {"transform": "metric", "rotate_values": True},
-        {"transform": "metric", "fp8_values": True},
+        pytest.param({"transform": "metric", "fp8_values": True}, marks=pytest.mark.slow),
         pytest.param({"transform": "mean-smooth-hadamard"}, marks=pytest.mark.slow),
     ],
     ids=str,

@@ -186,6 +186,7 @@ def test_finer_codes_take_smaller_steps():
     assert found("d8b8", "d2b8") == [8.0, 1.0, 2.0]
 
 
+@pytest.mark.slow
 def test_rates_of_nothing_move_nothing(monkeypatch):
     """So both descents go by `rates_for`."""
     for module in (refine, distil):
