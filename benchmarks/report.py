@@ -392,6 +392,58 @@ def against_kivi() -> str:
     return task_table(rows_of(SMOLLM2, "perplexity", shown, **where_from))
 
 
+def widths() -> str:
+    """Every cache of 5 bits or fewer without a window, of both models, by true bits; ours as it is, and refined.
+
+    Where a cache was measured with several calibrations: those with most seeds, and of these with most passages.
+    """
+    found: dict[tuple[float, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
+    true: dict[tuple[float, str], set[str]] = {}
+    for model in (SMOLLM2, QWEN):
+        where_from = {"length": 1024, "path": WIKITEXT, "prefill": "coded", "residual": 0}
+        for row in rows_of(model, "perplexity", all_devices=True, **where_from):
+            name, bits = compared_as(row["method"]), row["result"]["bits_per_element"]
+            if name is not None and bits <= 5:
+                about = round(4 * bits) / 4, name  # KVQuant's scales of narrow models take a little more
+                true.setdefault(about, set()).add(f"{bits:.3g}")
+                texts = found.setdefault(about, {}).setdefault(model, {})
+                texts.setdefault(json.dumps([row["calibration"], row["device"]]), []).append(row)
+
+    def value(texts: dict[str, list[dict[str, Any]]]) -> str:
+        if not texts:
+            return ""
+        rows = max(texts.values(), key=lambda rows: (len(rows), (rows[0]["calibration"] or {}).get("passages", 0)))
+        return mean_and_spread([row["result"]["perplexity"] for row in rows], "{:.2f}")
+
+    cells = [
+        [", ".join(sorted(true[about])), about[1], *(value(models.get(model, {})) for model in (SMOLLM2, QWEN))]
+        for about, models in sorted(found.items(), key=lambda item: (-item[0][0], item[0][1]))
+    ]
+    return table(["bits", "cache", *(model.split("-")[0] for model in (SMOLLM2, QWEN))], cells)
+
+
+def compared_as(method: dict[str, Any]) -> str | None:
+    """A cache's name in `widths`; None: it is not in there."""
+    usual = {"scope": "layer_head", "sink": 1, "transform": "metric", "key": None, "value": None}
+    if method["name"] == "vecinfer":
+        if any(method[key] != value for key, value in usual.items()) or method.get("fp8_values"):
+            return None
+        mixed = method.get("mixed", "none") != "none"
+        if method.get("refine") == "kl" and method.get("rotate_values"):
+            return "vecinfer, refined" + ", mixed" * mixed
+        if not is_plain({"method": method | {"mixed": "none"}}):
+            return None
+        return "vecinfer" if mixed == (method["bits"] == 4) else "vecinfer, mixed=none"
+    if method["name"] == "kvquant":
+        paper = {"outliers": (0, 0.01), "capped": (True,), "qnorm": (True, None), "fisher": (True,), "sink": (1,)}
+        as_in_paper = {"rope": ("pre",), "keys": ("per-channel",), "codebook": ("nuq",)}
+        fits = all(method.get(key, some[0]) in some for key, some in (paper | as_in_paper).items())
+        return f"kvquant, outliers={method['outliers']:g}" if fits else None
+    if method["name"] == "kivi":
+        return f"kivi, groups of {method['group']}"
+    return method["name"] if method["name"] in ("hadamard-int", "plain-vq") else None
+
+
 def fp8() -> str:
     """Tables of the values in fp8 and in float32, otherwise the same, of the same calibration."""
 
@@ -489,6 +541,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "metric-needle": metric_needle,
     "against-kivi": against_kivi,
     "fp8": fp8,
+    "widths": widths,
     "lengths": lengths,
     "unseen": unseen,
     "needle": answers("needle"),
