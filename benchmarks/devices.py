@@ -58,7 +58,9 @@ def fit(folder: str, memory: int) -> Device:
     device = Device(name, memory, round(float(1 / per_weight), 1), round(float(layer_us), 2), caches)
     for key, rows in sorted(by_cache.items(), key=lambda item: -len(item[1])):
         alike = [reading.layer_us for other, reading in caches.items() if other.split()[0] == key.split()[0]]
-        if len(rows) == 1 and not alike:
+        held = [row["batch"] * row["tokens"] for _, _, row in rows]
+        close = max(held) < SPREAD * min(held)
+        if close and not alike:
             continue
         free, matrix, rest = dataclasses.replace(device, caches={key: Reading(np.inf, 0.0)}), [], []
         for config, method, row in rows:
@@ -66,8 +68,7 @@ def fit(folder: str, memory: int) -> Device:
             read = bytes_read(config, method, batch, tokens)
             matrix.append(np.array([config.num_layers / 1e3, read / 1e6]) / ms)
             rest.append(1.0 - (milliseconds(config, method, batch, tokens, free) or 0.0) / ms)
-        held = [row["batch"] * row["tokens"] for _, _, row in rows]
-        if alike and max(held) < SPREAD * min(held):  # a layer takes as long with the same method in another width
+        if close:  # a layer takes as long with the same method in another width
             layer_us = alike[0]
             slope, left = np.array([m[1] for m in matrix]), np.array(rest) - layer_us * np.array([m[0] for m in matrix])
             per_byte = slope @ left / (slope @ slope)

@@ -395,7 +395,8 @@ def against_kivi() -> str:
 def widths() -> str:
     """Every cache of 5 bits or fewer without a window, of both models, by true bits; ours as it is, and refined.
 
-    Where a cache was measured with several calibrations: those with most seeds, and of these with most passages.
+    Where a cache was measured with several calibrations: those with most seeds, of these those whose text says things
+    twice, as `VecInfer.refined` asks, and of these those with most passages.
     """
     found: dict[tuple[float, str], dict[str, dict[str, list[dict[str, Any]]]]] = {}
     true: dict[tuple[float, str], set[str]] = {}
@@ -409,10 +410,14 @@ def widths() -> str:
                 texts = found.setdefault(about, {}).setdefault(model, {})
                 texts.setdefault(json.dumps([row["calibration"], row["device"]]), []).append(row)
 
+    def rank(rows: list[dict[str, Any]]) -> tuple[float, ...]:
+        text = rows[0]["calibration"] or {}
+        return len(rows), text.get("repeated", 0), text.get("passages", 0)
+
     def value(texts: dict[str, list[dict[str, Any]]]) -> str:
         if not texts:
             return ""
-        rows = max(texts.values(), key=lambda rows: (len(rows), (rows[0]["calibration"] or {}).get("passages", 0)))
+        rows = max(texts.values(), key=rank)
         return mean_and_spread([row["result"]["perplexity"] for row in rows], "{:.2f}")
 
     cells = [
@@ -433,7 +438,7 @@ def compared_as(method: dict[str, Any]) -> str | None:
             return "vecinfer, refined" + ", mixed" * mixed
         if not is_plain({"method": method | {"mixed": "none"}}):
             return None
-        return "vecinfer" if mixed == (method["bits"] == 4) else "vecinfer, mixed=none"
+        return "vecinfer" if mixed == (method["bits"] == 4) else f"vecinfer, mixed={method.get('mixed', 'none')}"
     if method["name"] == "kvquant":
         paper = {"outliers": (0, 0.01), "capped": (True,), "qnorm": (True, None), "fisher": (True,), "sink": (1,)}
         as_in_paper = {"rope": ("pre",), "keys": ("per-channel",), "codebook": ("nuq",)}

@@ -265,7 +265,8 @@ class VecInfer(VectorQuantisedMethod):
         assert calibration is not None
         table = None
         if self.fp8_values:
-            table = jnp.asarray(calibration["value_codebook"]).astype(jnp.float8_e4m3fn)
+            most = float(jnp.finfo(jnp.float8_e4m3fn).max)  # beyond it casts give NaN
+            table = jnp.clip(jnp.asarray(calibration["value_codebook"]), -most, most).astype(jnp.float8_e4m3fn)
             empty["value_codebook"] = table.astype(layer.dtype)
         smooth = jnp.asarray(calibration["smooth"], jnp.float32)
         wanted = {"mean": self.centres, "key_map": self.maps, "query_map": self.maps}
