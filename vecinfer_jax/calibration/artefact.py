@@ -191,4 +191,4 @@ def _digests(arrays: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, dict[s
 
 
 def _short(key: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in key.items())
+    return ", ".join(f"{name}={value}" for name, value in sorted(key.items()))
