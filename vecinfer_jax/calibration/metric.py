@@ -12,6 +12,8 @@ sub-vectors of 2 that is worth it.
 import numpy as np
 from jaxtyping import Float
 
+from pallas_kernels.hadamard.reference import signs
+
 # Eigenvalues of the queries' moment are no smaller than this share of the largest: its root must be invertible.
 FLOOR = 1e-5
 
@@ -69,8 +71,5 @@ def spread(dim: int, length: int) -> Float[np.ndarray, "D D"]:
     Hadamard matrix of as many of them as the largest power of two that divides their number."""
     count = dim // length
     size = count & -count
-    signs = np.ones((1, 1))
-    while len(signs) < size:
-        signs = np.block([[signs, signs], [signs, -signs]])
-    among = np.kron(signs / np.sqrt(size), np.eye(count // size))
+    among = np.kron(signs(size) / np.sqrt(size), np.eye(count // size))
     return np.kron(among, np.eye(length))
