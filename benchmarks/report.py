@@ -111,13 +111,7 @@ def quality() -> str:
     ]
 
     def default(row: dict[str, Any]) -> bool:
-        """Settings left out, as they are now, and the usual text for windows of 1,024 tokens."""
-        method, text = row["method"], row["calibration"]
-        plain = is_plain({"method": method | {"mixed": "none"}}) and (text["passages"], text["passage_length"]) == (
-            32,
-            1024,
-        )
-        return plain and method.get("mixed", "none") == ("keys" if method["bits"] == 4 else "none")
+        return is_default(row["method"]) and of_short_passages(row["calibration"])
 
     ours = rows_of(
         SMOLLM2, "perplexity", default, length=1024, path=WIKITEXT, prefill="coded", transform="metric", sink=1
@@ -341,10 +335,21 @@ def compared(row: dict[str, Any]) -> bool:
     return method["name"] == "full" or (method["name"] == "kivi" and (method["bits"], method["group"]) == (2, 32))
 
 
-def is_plain(row: dict[str, Any]) -> bool:
-    """Whether a VecInfer has the usual formats and nothing of `BARE` on."""
+def is_plain(row: dict[str, Any], but: str = "") -> bool:
+    """Whether a VecInfer has the usual formats and nothing of `BARE` on, `but` for one that may be."""
     method = row["method"]
-    return method.get("key") is None and method["scope"] == "layer_head" and not beside(method)
+    return method.get("key") is None and method["scope"] == "layer_head" and beside(method).keys() <= {but}
+
+
+def is_default(method: dict[str, Any]) -> bool:
+    """Whether a VecInfer with the metric has its settings as they are where they are left out."""
+    mixed = "keys" if method["bits"] == 4 else "none"
+    return is_plain({"method": method}, but="mixed") and method.get("mixed", "none") == mixed
+
+
+def of_short_passages(calibration: dict[str, Any]) -> bool:
+    """Calibrated on what the metric's rows of windows of 1,024 tokens are."""
+    return (calibration["passages"], calibration["passage_length"]) == (32, 1024)
 
 
 def metric_ideas(model: str) -> Callable[[], str]:
@@ -433,12 +438,12 @@ def compared_as(method: dict[str, Any]) -> str | None:
     if method["name"] == "vecinfer":
         if any(method[key] != value for key, value in usual.items()) or method.get("fp8_values"):
             return None
-        mixed = method.get("mixed", "none") != "none"
+        mixed = method.get("mixed", "none")
         if method.get("refine") == "kl" and method.get("rotate_values"):
-            return "vecinfer, refined" + ", mixed" * mixed
-        if not is_plain({"method": method | {"mixed": "none"}}):
+            return "vecinfer, refined" + ", mixed" * (mixed != "none")
+        if not is_plain({"method": method}, but="mixed"):
             return None
-        return "vecinfer" if mixed == (method["bits"] == 4) else f"vecinfer, mixed={method.get('mixed', 'none')}"
+        return "vecinfer" if is_default(method) else f"vecinfer, mixed={mixed}"
     if method["name"] == "kvquant":
         paper = {"outliers": (0, 0.01), "capped": (True,), "qnorm": (True, None), "fisher": (True,), "sink": (1,)}
         as_in_paper = {"rope": ("pre",), "keys": ("per-channel",), "codebook": ("nuq",)}
@@ -453,9 +458,9 @@ def fp8() -> str:
     """Tables of the values in fp8 and in float32, otherwise the same, of the same calibration."""
 
     def shown(row: dict[str, Any]) -> bool:
-        method, text = row["method"], row["calibration"]
-        plain = is_plain({"method": method | {"fp8_values": False}}) and method["sink"] == 1 and row["seed"] == 0
-        return plain and (text["passages"], text["passage_length"]) == (32, 1024) and method["bits"] < 4
+        method = row["method"]
+        plain = is_plain(row, but="fp8_values") and method["sink"] == 1 and method["bits"] < 4
+        return plain and row["seed"] == 0 and of_short_passages(row["calibration"])
 
     lines: dict[float, dict[bool, list[str]]] = {}
     for row in rows_of(SMOLLM2, "perplexity", shown, length=1024, path=WIKITEXT, residual=0, transform="metric"):
